@@ -1,0 +1,15 @@
+"""Gradient estimators: from windows of inner steps to meta-gradients (floor 3)."""
+
+from l2l_scale.estimators.base import Estimate, GradientEstimator
+from l2l_scale.estimators.bptt import TruncatedBPTT
+from l2l_scale.estimators.objectives import LogLoss, MetaLoss, NormalizedLoss, SumLoss
+
+__all__ = [
+    "Estimate",
+    "GradientEstimator",
+    "LogLoss",
+    "MetaLoss",
+    "NormalizedLoss",
+    "SumLoss",
+    "TruncatedBPTT",
+]

@@ -1,0 +1,33 @@
+"""The interface of a gradient estimator: from a window of inner steps to a gradient for φ."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+from torch import Tensor
+
+from l2l_scale.optimizers.base import UpdateRule
+from l2l_scale.tasks.base import TaskFamily
+from l2l_scale.unroll import Carry, Rollout, WindowBatch
+
+
+class Estimate(NamedTuple):
+    """One window's contribution to the meta-gradient."""
+
+    surrogate: Tensor
+    """A scalar: its value is the meta-loss, its derivative the estimate of the meta-gradient."""
+    rollout: Rollout
+    """The window itself, for metrics and for the next window's start."""
+
+
+class GradientEstimator(ABC):
+    """Estimates the meta-gradient from one window.
+
+    The result is a scalar whose ``backward()`` gives the gradient, never ``.grad`` assigned by hand: so
+    DDP's all-reduce, clipping and accumulation work for every estimator.
+    """
+
+    @abstractmethod
+    def __call__(self, rule: UpdateRule, family: TaskFamily, carry: Carry, batch: WindowBatch) -> Estimate:
+        """Unroll the window from ``carry`` (see :func:`l2l_scale.unroll.begin`)."""

@@ -1,0 +1,37 @@
+"""Truncated backpropagation through time."""
+
+from __future__ import annotations
+
+from l2l_scale.estimators.base import Estimate, GradientEstimator
+from l2l_scale.estimators.objectives import MetaLoss, SumLoss
+from l2l_scale.optimizers.base import UpdateRule
+from l2l_scale.tasks.base import TaskFamily
+from l2l_scale.unroll import Carry, InnerGradient, WindowBatch, unroll
+
+
+class TruncatedBPTT(GradientEstimator):
+    """Backpropagation through the window, cut at its start. Window = horizon is full BPTT.
+
+    Args:
+        second_order: use the true gradient, through ∇f(θ_t) as well. The default, first order, is the
+            paper's choice; it is cheaper and needs no second derivatives of the task.
+        meta_loss: what is minimised; the sum of the losses if not given.
+    """
+
+    def __init__(self, second_order: bool = False, meta_loss: MetaLoss | None = None) -> None:
+        self.mode = InnerGradient.SECOND_ORDER if second_order else InnerGradient.FIRST_ORDER
+        self.meta_loss = SumLoss() if meta_loss is None else meta_loss
+
+    def __call__(self, rule: UpdateRule, family: TaskFamily, carry: Carry, batch: WindowBatch) -> Estimate:
+        """The mean meta-loss of the slots that did not diverge."""
+        rollout = unroll(rule, family, carry, batch, self.mode)
+        diverged = rollout.carry.diverged
+        if diverged.any():
+            # Masking alone is not enough: zero times the infinite derivatives of a diverged slot is NaN.
+            # So the window is run again with those slots held at their (finite) start.
+            rollout = unroll(rule, family, carry, batch, self.mode, frozen=diverged)
+            rollout = rollout._replace(carry=rollout.carry._replace(diverged=diverged))
+        values = self.meta_loss(rollout.losses, rollout.carry.start_loss, batch.inner_step)
+        alive = ~diverged
+        total = values.masked_fill(diverged, 0.0).sum()
+        return Estimate(total / alive.sum().clamp(min=1), rollout)

@@ -1,0 +1,69 @@
+"""Random quadratics, the first experiment of Andrychowicz et al. 2016 (section 3.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from torch import Tensor
+
+from l2l_scale.checks import check_positive
+from l2l_scale.flat import FlatSpec
+from l2l_scale.tasks.base import Arrays, TaskFamily, Tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quadratic(TaskFamily):
+    """f(θ) = ‖Wθ − y‖², W of shape (dimension, dimension).
+
+    Args:
+        dimension: number of coordinates.
+        distribution: "normal", entries of W and y iid N(0, 1) as in the paper; or "uniform", iid U[0, 1)
+            as in the authors' released code.
+        w_scale: factor on W.
+        y_scale: factor on y.
+        theta0_scale: standard deviation of the start point, N(0, theta0_scale²); the released code has 0.01.
+
+    Raises:
+        ValueError: if the dimension is below 1, or a scale negative or not finite.
+    """
+
+    dimension: int = 10
+    distribution: Literal["normal", "uniform"] = "normal"
+    w_scale: float = 1.0
+    y_scale: float = 1.0
+    theta0_scale: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_positive("dimension", self.dimension)
+        check_positive("w_scale", self.w_scale)
+        check_positive("y_scale", self.y_scale, zero=True)
+        check_positive("theta0_scale", self.theta0_scale, zero=True)
+        if self.distribution not in ("normal", "uniform"):
+            raise ValueError(f"distribution ({self.distribution!r}) must be 'normal' or 'uniform'")
+
+    @cached_property
+    def spec(self) -> FlatSpec:
+        """One vector, theta."""
+        return FlatSpec.single("theta", self.dimension)
+
+    def sample_task(self, rng: np.random.Generator) -> Arrays:
+        """Draw W (D, D) and y (D,)."""
+        draw = rng.standard_normal if self.distribution == "normal" else rng.random
+        d = self.dimension
+        return {"w": self.w_scale * draw((d, d)), "y": self.y_scale * draw(d)}
+
+    def sample_init(self, rng: np.random.Generator, task: Arrays) -> np.ndarray:
+        """Draw θ0 ~ N(0, theta0_scale²)."""
+        return self.theta0_scale * rng.standard_normal(self.dimension)
+
+    def loss(self, params: Tensors, task: Tensors, data: Tensors) -> Tensor:
+        """‖Wθ − y‖², over any leading axes."""
+        residual = (task["w"] @ params["theta"].unsqueeze(-1)).squeeze(-1) - task["y"]
+        return residual.square().sum(-1)
+
+    def losses(self, theta: Tensor, task: Tensors, data: Tensors) -> Tensor:
+        """The same formula for all slots, without the cost of mapping."""
+        return self.loss({"theta": theta}, task, data)

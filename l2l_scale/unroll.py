@@ -1,0 +1,163 @@
+"""Windows of inner steps: the one loop that training, evaluation and every estimator share.
+
+S slots, N coordinates, K inner steps of the window, T of the horizon.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from l2l_scale.optimizers.base import UpdateRule
+from l2l_scale.tasks.base import TaskFamily, Tensors
+from l2l_scale.tree import Tree, tree_map, tree_where
+
+
+class WindowBatch(NamedTuple):
+    """Everything random that one window needs: a pure function of (seed, window index, slots)."""
+
+    window_index: int
+    """The window counter of the run."""
+    inner_step: Tensor
+    """(S,) where in its trajectory each slot stands at the start of the window."""
+    reset: Tensor
+    """(S,) whether a new trajectory starts with this window."""
+    task: Tensors
+    """Constants of each slot's problem, (S, ...)."""
+    theta0: Tensor
+    """Start points of the slots' trajectories, (S, N)."""
+    data: Tensors
+    """Minibatches for the K inner steps and for the loss after the last one, (K + 1, S, ...)."""
+    inner_steps: int
+    """K."""
+
+
+class Carry(NamedTuple):
+    """What survives a window; every leaf has the slot axis first."""
+
+    theta: Tensor
+    """(S, N)"""
+    state: Tree
+    """The rule's state."""
+    start_loss: Tensor
+    """(S,) loss at the start point of the trajectory."""
+    diverged: Tensor
+    """(S,) whether the slot went astray in this window and must start again."""
+
+
+class Rollout(NamedTuple):
+    """What a window did."""
+
+    carry: Carry
+    losses: Tensor
+    """f(θ_1) … f(θ_K), (K, S); differentiable in φ as the mode says."""
+    update_norm: Tensor
+    """(S,) root mean square of the last update, without graph."""
+
+
+class InnerGradient(Enum):
+    """How the losses of an unrolled window depend on φ."""
+
+    NONE = "none"
+    """Not at all: no graph is built."""
+    FIRST_ORDER = "first_order"
+    """∇f(θ_t) enters the rule as a constant (the paper's choice: ∂∇_t/∂φ = 0)."""
+    SECOND_ORDER = "second_order"
+    """The true derivative, through the gradients as well."""
+
+
+# A loss so far above its start is treated as overflowed: its gradients would drown all other slots'.
+_CEILING = 1e8
+
+
+def begin(rule: UpdateRule, batch: WindowBatch, carry: Carry | None) -> Carry:
+    """Start new trajectories where the batch says so, and where the previous window diverged.
+
+    Args:
+        rule: the rule whose state is started.
+        batch: the window to come.
+        carry: from the window before; None at the very start (then all slots start).
+    """
+    start_loss = torch.full_like(batch.theta0[:, 0], torch.nan)
+    fresh = Carry(batch.theta0, rule.init_state(batch.theta0), start_loss, torch.zeros_like(batch.reset))
+    if carry is None:
+        return fresh
+    started: Carry = tree_where(batch.reset | carry.diverged, fresh, carry)
+    return started
+
+
+def unroll(
+    rule: UpdateRule,
+    family: TaskFamily,
+    carry: Carry,
+    batch: WindowBatch,
+    mode: InnerGradient,
+    frozen: Tensor | None = None,
+) -> Rollout:
+    """Apply the rule K times in every slot.
+
+    Args:
+        rule: the update rule.
+        family: whose losses are minimised.
+        carry: from :func:`begin`; treated as constant, so the graph ends at the start of the window.
+        batch: the window.
+        mode: how the losses depend on φ.
+        frozen: (S,) slots whose θ must not move; they contribute no gradient to φ.
+
+    Returns:
+        losses after each inner step, and the carry (still attached to the graph).
+    """
+    theta, state = carry.theta, carry.state
+    update = torch.zeros_like(theta)
+    loss, grad = _loss_and_gradient(family, theta, batch, 0, mode)
+    start_loss = torch.where(carry.start_loss.isnan(), loss.detach(), carry.start_loss)
+    losses = []
+    with torch.set_grad_enabled(mode is not InnerGradient.NONE):
+        for k in range(batch.inner_steps):
+            if frozen is not None:
+                grad = grad.masked_fill(frozen[:, None], 0.0)
+            update, state = rule(grad, theta, state)
+            if frozen is not None:
+                update = update.masked_fill(frozen[:, None], 0.0)
+            theta = theta + update
+            loss, grad = _loss_and_gradient(family, theta, batch, k + 1, mode)
+            losses.append(loss)
+    stacked = torch.stack(losses)
+    end = Carry(theta, state, start_loss, has_diverged(stacked.detach(), start_loss, _CEILING))
+    return Rollout(end, stacked, update.detach().square().mean(-1).sqrt())
+
+
+def has_diverged(losses: Tensor, start_loss: Tensor, factor: float) -> Tensor:
+    """Which slots went astray, (S,): a loss is not finite, or has risen by ``factor`` times its start.
+
+    Args:
+        losses: (K, S).
+        start_loss: (S,).
+        factor: how many times |start| (plus one) a loss may lie above its start.
+    """
+    bound = start_loss + factor * (start_loss.abs() + 1)
+    return ~(losses <= bound).all(0)  # a NaN compares as False
+
+
+def _loss_and_gradient(
+    family: TaskFamily, theta: Tensor, batch: WindowBatch, k: int, mode: InnerGradient
+) -> tuple[Tensor, Tensor]:
+    """Losses (S,) and their gradients (S, N) at θ on the k-th minibatch of the window."""
+    data = tree_map(lambda leaf: leaf[k], batch.data)
+    second_order = mode is InnerGradient.SECOND_ORDER
+    with torch.enable_grad():
+        point = theta if second_order and theta.requires_grad else theta.detach().requires_grad_()
+        loss = family.losses(point, batch.task, data)
+        (grad,) = torch.autograd.grad(loss.sum(), point, create_graph=second_order)
+    if second_order:
+        return loss, grad
+    loss = loss.detach()
+    if mode is InnerGradient.FIRST_ORDER:
+        # The value is f(θ); the derivative is ⟨∇f, dθ⟩ with ∇f constant, which is all that first order
+        # needs of the optimizee: its graph ends here.
+        linear = (grad * theta).sum(-1)
+        loss = loss + (linear - linear.detach())
+    return loss, grad

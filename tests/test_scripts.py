@@ -1,0 +1,249 @@
+"""The scripts, with a stand-in for the environment's Python; the pins; the benchmark's independent peer."""
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, requires
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.markers import Marker
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = ["scripts/quickstart", "scripts/test", "scripts/benchmark", ".ci/run"]
+PIN = re.compile(r'([A-Za-z0-9._-]+)==([0-9][0-9a-z.]*)(?:; (python_version (?:<|>=) "3\.\d+"))?')
+# Installed unpinned on purpose: the installers, and the CUDA libraries that torch itself pins.
+UNPINNED = re.compile(r"pip|setuptools|triton|(nvidia|cuda)-.*")
+
+# Stands in for .venv/bin/python: writes down how it was called, and fails where $FAIL matches.
+STAND_IN = """#!/usr/bin/env bash
+echo "$@" >>"$CALLS"
+case "$*" in $FAIL) exit 3 ;; esac
+"""
+
+
+def pins(python: str) -> dict[str, str]:
+    """The pinned version of every package for a Python version."""
+    found = {}
+    for line in (ROOT / "scripts/constraints.txt").read_text().splitlines():
+        if line.startswith("#"):
+            continue
+        match = PIN.fullmatch(line)
+        assert match, f"not of the form name==version[; python_version ...]: {line}"
+        name, version, marker = match.groups()
+        if marker is None or Marker(marker).evaluate({"python_version": python}):
+            assert canonicalize_name(name) not in found, f"pinned twice for Python {python}: {name}"
+            found[canonicalize_name(name)] = version
+    return found
+
+
+@pytest.mark.parametrize("script", [*COMMANDS, "scripts/environment.sh"])
+def test_script_is_valid_bash(script: str) -> None:
+    subprocess.run(["bash", "-n", ROOT / script], check=True)
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_script_is_executable(script: str) -> None:
+    assert os.access(ROOT / script, os.X_OK)
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.13"])
+def test_every_dependency_is_pinned_within_its_range(python: str) -> None:
+    pinned = pins(python)
+    for requirement in map(Requirement, requires("l2l_scale") or []):
+        version = pinned.get(canonicalize_name(requirement.name))
+        assert version is not None, requirement
+        assert requirement.specifier.contains(version), (str(requirement), version)
+
+
+def test_everything_that_the_dependencies_bring_along_is_pinned() -> None:
+    pinned = pins(f"{sys.version_info.major}.{sys.version_info.minor}")
+    missing = {name for name in closure("l2l_scale", "dev") if not UNPINNED.fullmatch(name)} - set(pinned)
+    assert missing == {"l2l-scale"}
+
+
+def closure(name: str, extra: str, seen: set[str] | None = None) -> set[str]:
+    """A distribution and all that it needs on this machine, by normalised name."""
+    seen = set() if seen is None else seen
+    seen.add(canonicalize_name(name))
+    try:
+        needed = [Requirement(line) for line in requires(name) or []]
+    except PackageNotFoundError:  # of an extra that is not installed
+        return seen
+    for requirement in needed:
+        wanted = requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+        if wanted and canonicalize_name(requirement.name) not in seen:
+            for own in requirement.extras or {""}:
+                closure(requirement.name, own, seen)
+    return seen
+
+
+def test_pins_are_sorted_and_name_no_place_of_this_machine() -> None:
+    lines = [line for line in (ROOT / "scripts/constraints.txt").read_text().splitlines() if line[0] != "#"]
+    names = [canonicalize_name(line.split("==")[0]) for line in lines]
+    assert names == sorted(names)
+    assert not any(sign in line for line in lines for sign in ("/", "@", "+"))
+
+
+class Clone:
+    """A copy of the scripts in a folder whose environment is a stand-in."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.calls = folder, folder.parent / "calls"
+        for name in [*COMMANDS, "scripts/environment.sh", "scripts/constraints.txt", "pyproject.toml"]:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes((ROOT / name).read_bytes())
+            (folder / name).chmod((ROOT / name).stat().st_mode)
+        self.python = folder / ".venv/bin/python"
+        self.python.parent.mkdir(parents=True)
+        self.python.write_text(STAND_IN)
+        self.python.chmod(0o755)
+
+    def run(self, *command: str, **variables: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+        """Run a script from elsewhere; the result, and its calls of Python but for the look for pip."""
+        self.calls.write_text("")
+        environment = {**os.environ, "CALLS": str(self.calls), "FAIL": "", **variables}
+        path, *arguments = command
+        result = subprocess.run(
+            [self.folder / path, *arguments],
+            cwd="/",
+            env=environment,
+            text=True,
+            capture_output=True,
+            check=False,
+        )
+        lines = self.calls.read_text().splitlines()
+        return result, [line for line in lines if line != "-m pip --version"]
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Clone:
+    return Clone(tmp_path / "clone with space")
+
+
+def test_test_script_installs_once_and_passes_its_arguments_on(clone: Clone) -> None:
+    _, first = clone.run("scripts/test", "-k", "quadratic")
+    result, second = clone.run("scripts/test")
+    assert first == [
+        "-m pip install --editable .[dev] --constraint scripts/constraints.txt",
+        "-m pytest -k quadratic",
+    ]
+    assert second == ["-m pytest"]
+    assert re.search(r"The tests took \d+ min \d\d s", result.stdout)
+
+
+def test_environment_is_installed_anew_when_pins_change_or_the_clone_moves(clone: Clone) -> None:
+    clone.run("scripts/test")
+    with (clone.folder / "scripts/constraints.txt").open("a") as file:
+        file.write("# changed\n")
+    _, calls = clone.run("scripts/test")
+    assert len(calls) == 2
+    clone.folder = clone.folder.rename(clone.folder.with_name("moved"))
+    _, calls = clone.run("scripts/test")
+    assert len(calls) == 2
+
+
+def test_failed_installation_stops_and_is_tried_again(clone: Clone) -> None:
+    result, calls = clone.run("scripts/test", FAIL="*install*")
+    assert result.returncode == 3
+    assert len(calls) == 1
+    _, calls = clone.run("scripts/test")
+    assert calls[-1] == "-m pytest"
+    assert len(calls) == 2
+
+
+def test_failed_tests_fail_the_test_script_and_ci(clone: Clone) -> None:
+    assert clone.run("scripts/test", FAIL="*pytest*")[0].returncode == 3
+    assert clone.run(".ci/run", FAIL="*pytest*")[0].returncode == 3
+
+
+def test_ci_checks_lint_format_types_and_tests_and_stops_at_the_first_failure(clone: Clone) -> None:
+    _, calls = clone.run(".ci/run")
+    assert calls[1:] == ["-m ruff check", "-m ruff format --check", "-m mypy", "-m pytest"]
+    result, calls = clone.run(".ci/run", FAIL="*--check")
+    assert result.returncode == 3
+    assert calls[-1] == "-m ruff format --check"
+
+
+def test_quickstart_trains_and_evaluates_the_same_rule_and_names_what_it_made(clone: Clone) -> None:
+    result, calls = clone.run("scripts/quickstart")
+    assert result.returncode == 0, result.stderr
+    assert [call.split()[2] for call in calls] == ["install", "fit", "evaluate"]
+    folder = re.search(r"--run_dir (\S+)", calls[1])[1]
+    assert f"--rule {folder}/rule.safetensors" in calls[2]
+    for made in ("evaluation/curves.png", "evaluation/report.md", "rule.safetensors"):
+        assert f"{clone.folder}/{folder}/{made}" in result.stdout
+    assert (ROOT / re.search(r"-c (\S+)", calls[1])[1]).is_file()
+
+
+@pytest.mark.parametrize(
+    ("stand_in", "message"),
+    [
+        ("exit 1", "Python 3.10 or later is needed"),
+        ('case "$*" in *version_info*) ;; *) exit 1 ;; esac', "venv"),
+    ],
+    ids=["too old", "without venv"],
+)
+def test_unusable_python_is_refused_in_one_line(clone: Clone, stand_in: str, message: str) -> None:
+    base = clone.folder / "python3"
+    base.write_text(f"#!/usr/bin/env bash\n{stand_in}\n")
+    base.chmod(0o755)
+    clone.python.unlink()
+    for script in ("scripts/quickstart", "scripts/test", ".ci/run"):
+        result, _ = clone.run(script, PYTHON=str(base))
+        assert result.returncode == 1
+        assert message in result.stderr
+        assert result.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch):
+    """Imports a module of scripts/benchmarks."""
+    monkeypatch.syspath_prepend(ROOT / "scripts/benchmarks")
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if str(ROOT / "scripts") in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def test_meta_gradient_equals_that_of_plain_pytorch(benchmarks) -> None:
+    from l2l_scale.estimators import TruncatedBPTT
+    from l2l_scale.tasks import Quadratic
+    from l2l_scale.unroll import begin
+
+    eager_peer, methods, workloads = map(benchmarks, ("eager_peer", "methods", "workloads"))
+    workload = workloads.draw("small", Quadratic(dimension=3), workloads.quadratic_loss, slots=4)
+    batch = workloads.sampler(workload.family)(0, range(4)).to_batch(torch.float64)
+    torch.manual_seed(0)
+    peer = eager_peer.EagerLSTM(hidden_size=5).double()
+    rule = methods.rule_like(peer)
+    total = eager_peer.meta_loss(peer, workload.loss, batch.theta0, batch.task, batch.data, batch.inner_steps)
+    total.backward()
+    estimate = TruncatedBPTT()(rule, workload.family, begin(rule, batch, None), batch)
+    estimate.surrogate.backward()
+    torch.testing.assert_close(estimate.surrogate, total, rtol=1e-13, atol=0)
+    for ours, theirs in zip(rule.network.cells, (peer.lower, peer.upper), strict=True):
+        for own, other in [
+            (ours.weight_input, theirs.weight_ih),
+            (ours.weight_hidden, theirs.weight_hh),
+            (ours.bias, theirs.bias_ih),
+        ]:
+            torch.testing.assert_close(own.grad, methods.reorder_gates(other.grad), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(rule.output.weight.grad, peer.output.weight.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_benchmark_measures_all_methods_in_one_run(tmp_path: Path) -> None:
+    out = tmp_path / "speed.json"
+    arguments = ["--workloads", "W1", "--repetitions", "1", "--min_seconds", "0", "--out", str(out)]
+    subprocess.run([sys.executable, ROOT / "scripts/benchmarks", *arguments], check=True, capture_output=True)
+    result = json.loads(out.read_text())["workloads"]["W1"]
+    assert result["coordinate_steps"] == 128 * 10 * 20
+    assert set(result["methods"]) > {result["reference"]}
+    assert all(method["per_cpu_second"]["median"] > 0 for method in result["methods"].values())

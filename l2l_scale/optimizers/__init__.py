@@ -1,19 +1,34 @@
 """Update rules, learned and hand-designed (floor 1)."""
 
+from l2l_scale.optimizers.adaptive import AdaGrad, Adam, AdamW, RMSprop
 from l2l_scale.optimizers.base import UpdateRule
+from l2l_scale.optimizers.classic import SGD, BarzilaiBorwein, HeavyBall, Nesterov
 from l2l_scale.optimizers.coordinatewise import CoordinatewiseLSTM
 from l2l_scale.optimizers.features import Concatenate, Identity, LogMagnitude, LogSign, LogSignClamp, RNNprop
 from l2l_scale.optimizers.heads import ScaledLinear, TanhExp
+from l2l_scale.optimizers.schedules import CosineSchedule, ExponentialSchedule, RateSchedule, Scheduled
 
 __all__ = [
+    "SGD",
+    "AdaGrad",
+    "Adam",
+    "AdamW",
+    "BarzilaiBorwein",
     "Concatenate",
     "CoordinatewiseLSTM",
+    "CosineSchedule",
+    "ExponentialSchedule",
+    "HeavyBall",
     "Identity",
     "LogMagnitude",
     "LogSign",
     "LogSignClamp",
+    "Nesterov",
+    "RMSprop",
     "RNNprop",
+    "RateSchedule",
     "ScaledLinear",
+    "Scheduled",
     "TanhExp",
     "UpdateRule",
 ]

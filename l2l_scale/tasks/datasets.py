@@ -1,0 +1,186 @@
+"""Real images: scikit-learn's digits (shipped, offline), and whatever Hugging Face `datasets` reads.
+
+Each data set is cut into four disjoint splits by one fixed rule (:func:`split_rows`). Pictures are decoded
+once per process, and only those of the split that is asked for. M images of shape (C, H, W).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from l2l_scale.rng import Channel, Split, stream
+from l2l_scale.tasks.hub import locate, open_dataset
+
+if TYPE_CHECKING:
+    import datasets
+
+_IMAGE_COLUMNS = ("image", "img")
+_LABEL_COLUMN = "label"
+
+
+class ImageInfo(NamedTuple):
+    """What is known of a split before any picture is decoded."""
+
+    size: int
+    """M, the number of images."""
+    shape: tuple[int, int, int]
+    """(C, H, W)."""
+    classes: int
+    """Labels are 0 … classes − 1."""
+
+
+class Images(NamedTuple):
+    """The decoded images of a split."""
+
+    pixels: np.ndarray
+    """(M, C, H, W) uint8."""
+    labels: np.ndarray
+    """(M,) int64."""
+    white: int
+    """The largest value that a pixel can have: 16 for digits, else 255."""
+
+
+class _Part(NamedTuple):
+    """The official training or test part of a data set."""
+
+    labels: np.ndarray
+    decode: Callable[[np.ndarray], np.ndarray]
+    """From rows (M,) to their pixels, (M, C, H, W)."""
+
+
+class _Source(NamedTuple):
+    train: _Part
+    test: _Part | None
+    classes: int
+    white: int
+
+
+def describe_images(name: str, split: Split) -> ImageInfo:
+    """Describe a split without decoding it. Arguments and errors as in :func:`load_images`."""
+    return _describe(_locate(name), split)
+
+
+def load_images(name: str, split: Split) -> Images:
+    """Load the images of a split.
+
+    Args:
+        name: "digits"; "mnist", "cifar10" or another name on the Hugging Face Hub; or a local folder that
+            `datasets.load_dataset` reads. A folder $L2L_SCALE_DATA/<last part of the name> goes before all.
+        split: which images, see :func:`split_rows`.
+
+    Raises:
+        ValueError: if there is no such folder, the Hub is out of reach, or a column is missing.
+    """
+    return _load(_locate(name), split)
+
+
+def split_rows(split: Split, train_size: int, has_test: bool) -> np.ndarray:
+    """Which rows of the training part belong to a split, in rising order.
+
+    TEST is the official test part, or a fifth of a data set that has none. Of the rest VALID and TUNE take a
+    tenth each, and TRAIN eight tenths. Sizes (TRAIN, VALID, TUNE, TEST):
+
+    - digits 1152, 143, 143, 359
+    - MNIST 48000, 6000, 6000, 10000
+    - CIFAR-10 40000, 5000, 5000, 10000
+    """
+    # A shuffle that never changes. Every n-th row would not do: the labels of digits are periodic.
+    order = np.argsort(stream(_SHUFFLE_SEED, Split.TRAIN, Channel.DATA).random(train_size), kind="stable")
+    rest = train_size if has_test else train_size - train_size // 5
+    tenth = rest // 10
+    parts = {
+        Split.VALID: order[:tenth],
+        Split.TUNE: order[tenth : 2 * tenth],
+        Split.TRAIN: order[2 * tenth : rest],
+        Split.TEST: order[rest:],
+    }
+    return np.sort(parts[split])
+
+
+_SHUFFLE_SEED = 1606_04474  # the paper's number on arXiv; any other would do as well
+
+
+@lru_cache(maxsize=32)
+def _describe(place: str, split: Split) -> ImageInfo:
+    source = _open(place)
+    part, rows = _select(source, split)
+    channels, height, width = part.decode(rows[:1]).shape[1:]
+    return ImageInfo(len(rows), (channels, height, width), source.classes)
+
+
+@lru_cache(maxsize=8)
+def _load(place: str, split: Split) -> Images:
+    source = _open(place)
+    part, rows = _select(source, split)
+    return Images(part.decode(rows), part.labels[rows], source.white)
+
+
+def _select(source: _Source, split: Split) -> tuple[_Part, np.ndarray]:
+    """The part that holds a split, and the split's rows in it."""
+    if split is Split.TEST and source.test is not None:
+        return source.test, np.arange(len(source.test.labels))
+    return source.train, split_rows(split, len(source.train.labels), source.test is not None)
+
+
+def _locate(name: str) -> str:
+    return name if name == "digits" else locate(name)
+
+
+@lru_cache(maxsize=8)
+def _open(place: str) -> _Source:
+    return _open_digits() if place == "digits" else _open_hugging_face(place)
+
+
+def _open_digits() -> _Source:
+    from sklearn.datasets import load_digits  # here, not above: it takes a second to import
+
+    digits = load_digits()
+    pixels = digits.images.astype(np.uint8)[:, None]
+    return _Source(_Part(digits.target.astype(np.int64), pixels.__getitem__), None, classes=10, white=16)
+
+
+def _open_hugging_face(place: str) -> _Source:
+    table = open_dataset(place)
+    if "train" not in table:
+        raise ValueError(f"dataset ({place}) must have a split named train; it has {', '.join(table)}")
+    train = _part(place, table["train"])
+    test = _part(place, table["test"]) if "test" in table else None
+    classes = 1 + max(int(part.labels.max()) for part in (train, test) if part is not None)
+    return _Source(train, test, classes, white=255)
+
+
+def _part(place: str, rows: datasets.Dataset) -> _Part:
+    import datasets
+
+    column = next((name for name in _IMAGE_COLUMNS if name in rows.column_names), None)
+    if column is None or _LABEL_COLUMN not in rows.column_names:
+        raise ValueError(
+            f"dataset ({place}) must have a column {_LABEL_COLUMN!r} and one named "
+            f"{' or '.join(map(repr, _IMAGE_COLUMNS))}; it has {', '.join(rows.column_names)}"
+        )
+    encoded = rows.cast_column(column, datasets.Image(decode=False)).select_columns(column)
+    labels = np.asarray(rows.with_format("numpy")[_LABEL_COLUMN][:], np.int64)
+    return _Part(labels, partial(_decode, place, encoded, column))
+
+
+def _decode(place: str, encoded: datasets.Dataset, column: str, rows: np.ndarray) -> np.ndarray:
+    """Decode pictures into (M, C, H, W) uint8; much faster than row by row through `datasets`."""
+    from PIL import Image
+
+    def picture(entry: dict[str, Any]) -> np.ndarray:
+        content = entry["path"] if entry["bytes"] is None else io.BytesIO(entry["bytes"])
+        with Image.open(content) as image:
+            return np.asarray(image)
+
+    pictures = [picture(entry) for entry in encoded.select(rows)[:][column]]
+    if len({image.shape for image in pictures}) > 1:
+        raise ValueError(f"dataset ({place}) must have images of one size and mode; resize them first")
+    pixels = np.stack(pictures)
+    if pixels.dtype != np.uint8:
+        raise ValueError(f"dataset ({place}) must have images of 8 bits per channel, not {pixels.dtype}")
+    return np.ascontiguousarray(pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2))

@@ -1,0 +1,77 @@
+"""Shared by all tests: a double-precision fixture, a family with minibatches, windows, a small rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from l2l_scale.flat import FlatSpec, Segment
+from l2l_scale.optimizers import Concatenate, CoordinatewiseLSTM, LogSign, RNNprop, UpdateRule
+from l2l_scale.rng import Split
+from l2l_scale.sampling import Schedule, WindowSampler
+from l2l_scale.tasks import Arrays, TaskFamily, Tensors
+from l2l_scale.unroll import WindowBatch
+
+torch.set_num_threads(1)  # the tensors of tests are tiny: more threads only wait for each other
+
+
+@pytest.fixture
+def double() -> Iterator[torch.dtype]:
+    """Make float64 the default for what the test creates."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield torch.float64
+    torch.set_default_dtype(before)
+
+
+@dataclass(frozen=True)
+class Regression(TaskFamily):
+    """Least squares on minibatches of a problem's own 16 rows; data are the rows' indices."""
+
+    features: int = 3
+
+    @property
+    def spec(self) -> FlatSpec:
+        return FlatSpec((Segment("weight", (self.features,), "linear"), Segment("bias", (), "bias")))
+
+    def sample_task(self, rng: np.random.Generator) -> Arrays:
+        return {"x": rng.standard_normal((16, self.features)), "y": rng.standard_normal(16)}
+
+    def sample_init(self, rng: np.random.Generator, task: Arrays) -> np.ndarray:
+        return rng.standard_normal(self.features + 1)
+
+    def sample_data(self, rng: np.random.Generator, task: Arrays) -> Arrays:
+        return {"rows": rng.integers(len(task["y"]), size=5)}
+
+    def loss(self, params: Tensors, task: Tensors, data: Tensors) -> Tensor:
+        prediction = task["x"][data["rows"]] @ params["weight"] + params["bias"]
+        return (prediction - task["y"][data["rows"]]).square().mean()
+
+
+def draw_windows(
+    family: TaskFamily,
+    schedule: Schedule,
+    count: int,
+    slots: range = range(4),
+    dtype: torch.dtype = torch.float64,
+) -> list[WindowBatch]:
+    """The first ``count`` windows of the training stream of seed 0."""
+    sampler = WindowSampler(family, schedule, 0, Split.TRAIN)
+    return [sampler(index, slots).to_batch(dtype) for index in range(count)]
+
+
+def small_lstm(seed: int = 0) -> CoordinatewiseLSTM:
+    """A learned rule with every kind of state, in the default precision."""
+    torch.manual_seed(seed)
+    features = Concatenate([LogSign(), RNNprop(log_scale=True)])
+    return CoordinatewiseLSTM(hidden_size=5, layers=2, features=features, output_scale=1.0)
+
+
+def phi_gradient(rule: UpdateRule, scalar: Tensor) -> Tensor:
+    """Derivative of a scalar in φ, as one vector."""
+    return torch.cat([grad.flatten() for grad in torch.autograd.grad(scalar, list(rule.parameters()))])

@@ -1,0 +1,84 @@
+"""Quadratic: the formula, the distributions, the batched loss, bad input."""
+
+import numpy as np
+import pytest
+import torch
+
+from l2l_scale.rng import Channel, Split, stream
+from l2l_scale.tasks import Quadratic, TaskFamily
+
+
+def rng(counter=0):
+    return stream(0, Split.TRAIN, Channel.TASK, counter)
+
+
+def batch(family, slots=5):
+    tasks = [family.sample_task(rng(slot)) for slot in range(slots)]
+    theta = torch.tensor(np.stack([rng(slot).standard_normal(family.dimension) for slot in range(slots)]))
+    return theta, {name: torch.tensor(np.stack([task[name] for task in tasks])) for name in tasks[0]}
+
+
+def test_shapes_follow_the_dimension():
+    family = Quadratic(dimension=7)
+    task = family.sample_task(rng())
+    assert (task["w"].shape, task["y"].shape) == ((7, 7), (7,))
+    assert family.sample_init(rng(), task).shape == (family.spec.size,) == (7,)
+    assert not family.has_data
+
+
+def test_loss_is_the_squared_residual():
+    theta, task = batch(Quadratic(dimension=4))
+    expected = [np.linalg.norm(w @ t - y) ** 2 for w, t, y in zip(task["w"], theta, task["y"], strict=True)]
+    torch.testing.assert_close(
+        Quadratic(dimension=4).losses(theta, task, {}), torch.tensor(expected), rtol=1e-12, atol=0
+    )
+
+
+def test_batched_losses_equal_mapped_losses():
+    family = Quadratic(dimension=6)
+    theta, task = batch(family)
+    mapped = TaskFamily.losses(family, theta, task, {})
+    torch.testing.assert_close(family.losses(theta, task, {}), mapped, rtol=1e-12, atol=0)
+
+
+def test_normal_entries_have_the_moments_of_a_scaled_gaussian():
+    task = Quadratic(dimension=100, w_scale=2.0, y_scale=3.0).sample_task(rng())
+    assert abs(task["w"].mean()) < 3 * 2 / 100  # three standard errors
+    assert abs(task["w"].std() - 2) < 3 * 2 / np.sqrt(2 * 100 * 100)
+    assert abs(task["y"].std() - 3) < 3 * 3 / np.sqrt(2 * 100)
+
+
+def test_uniform_entries_fill_the_unit_interval():
+    w = Quadratic(dimension=100, distribution="uniform").sample_task(rng())["w"]
+    assert 0 <= w.min() < 0.01
+    assert 0.99 < w.max() < 1
+    assert abs(w.mean() - 0.5) < 3 / np.sqrt(12) / 100
+    assert abs(w.var() - 1 / 12) < 0.003
+
+
+def test_start_has_the_scale_asked_for():
+    family = Quadratic(dimension=10_000, theta0_scale=0.5)
+    theta0 = family.sample_init(rng(), {})
+    assert abs(theta0.std() - 0.5) < 3 * 0.5 / np.sqrt(2 * 10_000)
+    assert not Quadratic(theta0_scale=0.0).sample_init(rng(), {}).any()
+
+
+def test_equal_settings_are_one_key():
+    assert hash(Quadratic(dimension=3)) == hash(Quadratic(dimension=3))
+    assert Quadratic(dimension=3) == Quadratic(dimension=3) != Quadratic(dimension=4)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("dimension", 0),
+        ("w_scale", 0.0),
+        ("w_scale", float("nan")),
+        ("y_scale", -1.0),
+        ("theta0_scale", float("inf")),
+        ("distribution", "cauchy"),
+    ],
+)
+def test_bad_settings_are_refused_by_name_and_value(argument, value):
+    with pytest.raises(ValueError, match=rf"{argument} \('?{value}'?\) must be"):
+        Quadratic(**{argument: value})

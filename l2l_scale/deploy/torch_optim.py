@@ -1,0 +1,190 @@
+"""A learned rule as a ``torch.optim.Optimizer``.
+
+All coordinates of a parameter group are one problem with a flat axis of N coordinates, in the order of
+the group's parameters. The rule is called on (1, N), the shape of a rollout with one slot: so a deployed step
+does the very operations of training, and not their likes in another shape, which may round differently.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from l2l_scale.checks import check_positive
+from l2l_scale.deploy.coordinates import Layout, flatten, gradient_of, layout_of, mask, read, write
+from l2l_scale.deploy.files import load_rule
+from l2l_scale.optimizers.base import UpdateRule
+from l2l_scale.tree import Tree, tree_leaves, tree_map, tree_unflatten
+
+
+class LearnedOptimizer(torch.optim.Optimizer):
+    """Trains a model with a learned (or any other) update rule: θ ← θ + lr · update.
+
+    The rule is copied and frozen. It works in float32 for parameters of lower precision, which then have a
+    float32 master copy in the optimizer's state: small updates add up instead of being rounded away. It
+    works in float64 if any parameter of the group is float64.
+
+    Parameters without a gradient are left exactly as they are (the rule sees a zero gradient there); a
+    group in which none has a gradient is skipped.
+
+    Args:
+        params: as for every torch optimizer: tensors, named tensors, or groups of them with their own ``lr``.
+        rule: a rule, or the path of a rule file.
+        lr: factor on the update; learning-rate schedulers change it. Learned rules know their own step
+            sizes, so it is 1 unless there is a reason.
+
+    Raises:
+        FileNotFoundError: if the rule file does not exist.
+        ValueError: if there are no parameters, a parameter is complex or of integers, a group lies on several
+            devices, lr is negative or not finite, or the rule is none; later, if a gradient is sparse.
+    """
+
+    def __init__(self, params: ParamsT, rule: UpdateRule | str | Path, lr: float = 1.0) -> None:
+        loaded = load_rule(rule) if isinstance(rule, (str, Path)) else rule
+        if not isinstance(loaded, UpdateRule):
+            raise ValueError(f"rule ({type(rule).__name__}) must be an UpdateRule or the path of a rule file")
+        self.state: defaultdict[Any, Any]
+        self.rule = copy.deepcopy(loaded).requires_grad_(False).eval()
+        self._forget_derived()
+        super().__init__(params, {"lr": lr})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; they are a problem of their own.
+
+        Raises:
+            ValueError: as the class says; the optimizer is then as before.
+        """
+        super().add_param_group(param_group)
+        added = self.param_groups.pop()
+        check_positive("lr", added["lr"], zero=True)
+        if added["params"]:
+            layout_of(added["params"])
+        self.param_groups.append(added)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Apply the rule once to every group.
+
+        Args:
+            closure: computes the loss and its gradients first, if given.
+
+        Returns:
+            The closure's loss.
+
+        Raises:
+            ValueError: if a gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for index, group in enumerate(self.param_groups):
+            if any(param.grad is not None for param in group["params"]):
+                self._step_group(_key(index), group["params"], group["lr"])
+        return loss
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "rule": self.rule}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take up a state: the one door of ``load_state_dict``, pickle and deepcopy.
+
+        Raises:
+            ValueError: if the state is of another rule or of other parameters; nothing has changed then.
+        """
+        state = {"rule": self.__dict__.get("rule"), **state}  # load_state_dict passes no rule
+        fitted = _fitted(state["state"], state["param_groups"], state["rule"])
+        super().__setstate__({**state, "state": fitted})
+        self._forget_derived()
+
+    def _forget_derived(self) -> None:
+        """Start the caches: copies of the rule, and the structures of the rule's states."""
+        self._copies: dict[Layout, UpdateRule] = {}
+        self._structures: dict[str, Tree] = {}
+
+    def _step_group(self, key: str, params: Sequence[Tensor], lr: float) -> None:
+        """One inner step on one problem."""
+        layout = layout_of(params)
+        rule = self._rule_for(layout)
+        grad = flatten([gradient_of(param) for param in params], layout.dtype)
+        theta = read(params, layout.dtype, self.state[key].get("theta"))
+        with torch.autocast(layout.device.type, enabled=False):
+            update, state = rule(grad, theta, self._rule_state(key, rule, theta))
+        _check_update(rule, update, theta)
+        theta = theta + mask(lr * update, params)
+        write(theta, params)
+        self.state[key] = {"rule": type(rule).__name__, "leaves": tree_leaves(state)}
+        if any(param.dtype != layout.dtype for param in params):
+            self.state[key]["theta"] = theta  # the master copy
+
+    def _rule_for(self, layout: Layout) -> UpdateRule:
+        """The rule on a group's device, in the precision that it works in there."""
+        if layout not in self._copies:
+            self._copies[layout] = copy.deepcopy(self.rule).to(layout.device, layout.dtype)
+        return self._copies[layout]
+
+    def _rule_state(self, key: str, rule: UpdateRule, theta: Tensor) -> Tree:
+        """The rule's state for a group as the tree that the rule knows; a new one before the first step."""
+        if key not in self._structures:
+            fresh = rule.init_state(theta)
+            self._structures[key] = tree_map(lambda leaf: None, fresh)
+            if not self.state[key]:
+                return fresh
+        return tree_unflatten(self.state[key]["leaves"], self._structures[key])
+
+
+def _key(index: int) -> str:
+    """Return where a group's state lies in ``Optimizer.state``.
+
+    A string, because torch casts what lies under a parameter to the parameter's precision when it loads.
+    An entry holds plain lists of tensors, so that ``torch.load(weights_only=True)`` reads it.
+    """
+    return f"group {index}"
+
+
+def _check_update(rule: UpdateRule, update: Tensor, theta: Tensor) -> None:
+    if update.shape != theta.shape:
+        raise ValueError(
+            f"{type(rule).__name__} gave an update of shape {tuple(update.shape)} for one problem of shape "
+            f"{tuple(theta.shape)}; a rule in use needs single hyper-parameters, not one value per slot"
+        )
+
+
+def _fitted(state: Mapping[Any, Any], groups: Sequence[dict[str, Any]], rule: UpdateRule) -> dict[Any, Any]:
+    """A loaded optimizer state, checked, on the devices and in the precision of the groups."""
+    params = {_key(index): group["params"] for index, group in enumerate(groups)}
+    if not state.keys() <= params.keys():
+        raise ValueError("the state dict was not written by a LearnedOptimizer with these parameter groups")
+    with torch.no_grad():
+        fitted = {key: _fitted_entry(entry, params[key], rule) for key, entry in state.items() if entry}
+    return defaultdict(dict, fitted)
+
+
+def _fitted_entry(entry: Mapping[str, Any], params: Sequence[Tensor], rule: UpdateRule) -> dict[str, Any]:
+    """One group's part of :func:`_fitted`."""
+    device, dtype = layout_of(params)
+    theta = flatten(params, dtype)
+    like = tree_leaves(rule.init_state(theta))
+    shapes, expected = [leaf.shape for leaf in entry["leaves"]], [leaf.shape for leaf in like]
+    if entry["rule"] != type(rule).__name__ or shapes != expected:
+        raise ValueError(
+            f"the state dict is of another rule or of other parameters: it has a {entry['rule']} with "
+            f"tensors of shapes {[tuple(s) for s in shapes]}, but a {type(rule).__name__} here needs "
+            f"{[tuple(s) for s in expected]}"
+        )
+    leaves = [leaf.to(device, own.dtype) for leaf, own in zip(entry["leaves"], like, strict=True)]
+    fitted = {"rule": entry["rule"], "leaves": leaves}
+    return {**fitted, "theta": entry["theta"].to(theta)} if "theta" in entry else fitted

@@ -1,0 +1,190 @@
+"""Loss curves on held-out tasks: a rollout like any other, through the code path that trains.
+
+S tasks, T inner steps, N coordinates, G points of a tuning grid. Slots are tasks here: slot s works on task
+s of the split, once. A grid lies on the slot axis: the tasks of a chunk are repeated for every point, so a
+whole sweep of hyper-parameters is one rollout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from l2l_scale.checks import check_positive
+from l2l_scale.optimizers.base import UpdateRule
+from l2l_scale.rng import Split
+from l2l_scale.sampling import Schedule, WindowSampler
+from l2l_scale.tasks.base import TaskFamily
+from l2l_scale.tree import tree_map
+from l2l_scale.unroll import Carry, InnerGradient, WindowBatch, begin, unroll
+
+Point: TypeAlias = Mapping[str, float]
+"""Hyper-parameters by name: one point of a grid."""
+
+Build: TypeAlias = Callable[[dict[str, Tensor]], UpdateRule]
+"""Makes the rule whose hyper-parameters have one value per slot, each of shape (S,)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Tasks that no rule was trained on, and how they are run.
+
+    Args:
+        family: whose tasks they are.
+        seed: of the tasks' streams.
+        split: of the streams and of the data: TUNE or TEST (VALID for choosing checkpoints).
+        num_tasks: S; tasks 0 … S − 1 of the split, so fewer tasks are the first of more tasks.
+        inner_steps: T.
+        window: inner steps whose minibatches are held in memory at once. No effect on the result.
+        max_coordinates: upper limit of coordinates, over all slots, in one rollout (at least one slot).
+            Bounds the memory; small blocks are also faster, because they stay in the cache. No effect on
+            the result.
+        device: where the rollouts run.
+
+    Raises:
+        ValueError: if a number is below 1.
+    """
+
+    family: TaskFamily
+    seed: int
+    split: Split
+    num_tasks: int
+    inner_steps: int
+    window: int = 20
+    max_coordinates: int = 1 << 14
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("num_tasks", "inner_steps", "window", "max_coordinates"):
+            check_positive(name, getattr(self, name))
+
+    @cached_property
+    def split_family(self) -> TaskFamily:
+        """The family on the data of the split."""
+        return self.family.for_split(self.split)
+
+    @property
+    def slots_at_once(self) -> int:
+        """How many slots one rollout may have."""
+        return max(1, self.max_coordinates // self.family.spec.size)
+
+    def prepare(self) -> None:
+        """Put the data of the split on the device."""
+        self.split_family.prepare(torch.device(self.device))
+
+    def windows(self, tasks: range, copies: int = 1) -> Iterator[WindowBatch]:
+        """Windows of these tasks' trajectories, every task in ``copies`` neighbouring slots.
+
+        The last window may reach beyond the last inner step.
+        """
+        deterministic = not self.family.has_data  # then nothing is drawn per inner step: one window does
+        window = self.inner_steps if deterministic else min(self.window, self.inner_steps)
+        count = math.ceil(self.inner_steps / window)
+        schedule = Schedule(horizon=count * window, window=window, staggered=False)
+        sampler = WindowSampler(self.split_family, schedule, self.seed, self.split)
+        for index in range(count):
+            yield _repeat(sampler(index, tasks).to_batch(), copies, torch.device(self.device))
+
+
+def loss_curves(rule: UpdateRule, held_out: HeldOut, tasks: range | None = None) -> Tensor:
+    """Losses f(θ_0) … f(θ_T) of every task, (T + 1, S), on the CPU.
+
+    What goes astray stays astray: from its first non-finite loss on, a curve is +inf. With minibatches,
+    f(θ_t) is the loss on the minibatch that inner step t + 1 sees.
+
+    Args:
+        rule: any rule; its hyper-parameters are the same for all tasks.
+        held_out: the tasks.
+        tasks: only these of them.
+    """
+    held_out.prepare()
+    chosen = range(held_out.num_tasks) if tasks is None else tasks
+    chunks = chunked(chosen, held_out.slots_at_once)
+    curves = [_trajectories(rule, held_out, held_out.windows(chunk)).cpu() for chunk in chunks]
+    return torch.cat(curves, dim=1)
+
+
+def sweep(build: Build, points: Sequence[Point], held_out: HeldOut) -> Tensor:
+    """Final losses and sums of losses for every point of a grid, on the same tasks.
+
+    Args:
+        build: makes the rule from hyper-parameters with one value per slot.
+        points: G points, all with the same names.
+        held_out: the tasks.
+
+    Returns:
+        (2, G, S) in float64: f(θ_T) and f(θ_1) + … + f(θ_T); +inf where a trajectory went astray.
+    """
+    held_out.prepare()
+    blocks = [
+        points[chunk.start : chunk.stop] for chunk in chunked(range(len(points)), held_out.slots_at_once)
+    ]
+    return torch.cat([_sweep_block(build, block, held_out) for block in blocks], dim=1)
+
+
+def _sweep_block(build: Build, points: Sequence[Point], held_out: HeldOut) -> Tensor:
+    """The sweep of no more points than there may be slots at once; (2, G, S)."""
+    columns = []
+    for tasks in chunked(range(held_out.num_tasks), max(1, held_out.slots_at_once // len(points))):
+        rule = build(_per_slot(points, len(tasks), held_out.device))
+        curves = _trajectories(rule, held_out, held_out.windows(tasks, len(points))).double()
+        scores = torch.stack([curves[-1], curves[1:].sum(0)]).cpu()
+        columns.append(scores.view(2, len(tasks), len(points)).mT)
+    return torch.cat(columns, dim=2)
+
+
+def _trajectories(rule: UpdateRule, held_out: HeldOut, windows: Iterator[WindowBatch]) -> Tensor:
+    """Run one block of slots window after window; losses (T + 1, slots)."""
+    carry: Carry | None = None
+    losses: list[Tensor] = []
+    for batch in windows:
+        carry = begin(rule, batch, carry)
+        rollout = unroll(rule, held_out.split_family, carry, batch, InnerGradient.NONE)
+        if not losses:
+            losses.append(rollout.carry.start_loss[None])
+        losses.append(rollout.losses)
+        # In training a diverged slot starts again; here it must not: its losses are the result.
+        carry = rollout.carry._replace(diverged=torch.zeros_like(rollout.carry.diverged))
+    return _stay_astray(torch.cat(losses)[: held_out.inner_steps + 1])
+
+
+def _stay_astray(curves: Tensor) -> Tensor:
+    """+inf from the first non-finite loss on; (T + 1, S)."""
+    astray = (~curves.isfinite()).cummax(0).values
+    return curves.masked_fill(astray, torch.inf)
+
+
+def _repeat(batch: WindowBatch, copies: int, device: torch.device) -> WindowBatch:
+    """Put every slot ``copies`` times next to itself, on the device."""
+
+    def slots(axis: int) -> Callable[[Tensor], Tensor]:
+        return lambda leaf: leaf.to(device).repeat_interleave(copies, axis)
+
+    return batch._replace(
+        inner_step=slots(0)(batch.inner_step),
+        reset=slots(0)(batch.reset),
+        task=tree_map(slots(0), batch.task),
+        theta0=slots(0)(batch.theta0),
+        data=tree_map(slots(1), batch.data),
+    )
+
+
+def _per_slot(points: Sequence[Point], tasks: int, device: str) -> dict[str, Tensor]:
+    """Hyper-parameters over slots, (tasks · points,): the points of task 0, of task 1, …"""
+
+    def column(name: str) -> Tensor:
+        return torch.tensor([point[name] for point in points], dtype=torch.float64, device=device)
+
+    return {name: column(name).repeat(tasks) for name in points[0]}
+
+
+def chunked(indices: range, size: int) -> Iterator[range]:
+    """Cut a range into ranges of up to ``size``."""
+    for start in range(0, len(indices), size):
+        yield indices[start : start + size]

@@ -1,0 +1,91 @@
+"""How rules are compared: the settings of an evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from l2l_scale.checks import check_positive
+from l2l_scale.evaluation.baselines import choose_baselines
+from l2l_scale.evaluation.cache import default_folder
+from l2l_scale.evaluation.jobs import available_cores
+from l2l_scale.tasks.base import TaskFamily
+
+HELD_OUT = "held-out"
+"""Name of the test on the family of meta-training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """How rules are compared with tuned baselines.
+
+    Args:
+        num_tasks: held-out tasks.
+        num_tuning_tasks: tasks that baselines are tuned on; none of them is a held-out one.
+        num_reference_tasks: how many of the held-out tasks L-BFGS and conjugate gradients run on, which are
+            slow; 0 leaves them out. Families with minibatches never have them.
+        num_shift_tasks: held-out tasks of every shifted distribution.
+        num_shift_tuning_tasks: tasks of every shifted distribution that baselines are tuned on.
+        inner_steps: length of the run; five horizons if not given.
+        shift_inner_steps: the same on shifted distributions; two horizons if not given.
+        test_seed: of the held-out tasks. Splits never share tasks, whatever the seeds.
+        tuning_seed: of the tuning tasks.
+        shifts: shifted distributions by name.
+        baselines: names of the baselines; all if not given (see ``baselines.BASELINES``).
+        window: inner steps whose minibatches are in memory at once.
+        max_coordinates: coordinates in one block of tasks; see :class:`HeldOut`.
+        num_workers: processes; one per CPU core if not given. On a GPU always this one process.
+        device: where rules run.
+        cache: keep results of tuning, and use those of an earlier run with the same settings and code.
+        cache_folder: where they are kept; ``~/.cache/l2l_scale`` if not given.
+
+    Raises:
+        ValueError: if a number is too small, a baseline unknown, or a shift is called "held-out".
+    """
+
+    num_tasks: int = 4096
+    num_tuning_tasks: int = 2048
+    num_reference_tasks: int = 256
+    num_shift_tasks: int = 1024
+    num_shift_tuning_tasks: int = 512
+    inner_steps: int | None = None
+    shift_inner_steps: int | None = None
+    test_seed: int = 0
+    tuning_seed: int = 0
+    shifts: dict[str, TaskFamily] | None = None
+    baselines: list[str] | None = None
+    window: int = 20
+    max_coordinates: int = 1 << 14
+    num_workers: int | None = None
+    device: str = "cpu"
+    cache: bool = True
+    cache_folder: str | None = None
+
+    def __post_init__(self) -> None:
+        positive = ("num_tasks", "num_tuning_tasks", "num_shift_tasks", "num_shift_tuning_tasks")
+        optional = ("inner_steps", "shift_inner_steps", "num_workers")
+        given = [name for name in optional if getattr(self, name) is not None]
+        for name in (*positive, "window", "max_coordinates", *given):
+            check_positive(name, getattr(self, name))
+        check_positive("num_reference_tasks", self.num_reference_tasks, zero=True)
+        choose_baselines(self.baselines)
+        if HELD_OUT in (self.shifts or {}):
+            raise ValueError(
+                f"shifts must not be called {HELD_OUT!r}, the name of the family of meta-training"
+            )
+
+    @property
+    def cache_path(self) -> Path | None:
+        """The folder of kept results, if any are kept."""
+        if not self.cache:
+            return None
+        return Path(self.cache_folder) if self.cache_folder else default_folder() / "tuning"
+
+    @property
+    def workers(self) -> int:
+        """How many processes work."""
+        if torch.device(self.device).type != "cpu":
+            return 1
+        return self.num_workers or available_cores()

@@ -1,0 +1,169 @@
+"""A report as tables: on the terminal and in ``report.md``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import rich.box
+from rich.console import Console
+from rich.table import Table
+
+from l2l_scale.evaluation.report import DIVERGED_FACTOR, by_mean
+from l2l_scale.evaluation.schema import HeldOutReport, Number, OptimizerReport, Report
+from l2l_scale.evaluation.tuning import Tuned
+
+
+class Cells(NamedTuple):
+    """A table as text."""
+
+    header: list[str]
+    rows: list[list[str]]
+    bold: list[bool]
+    """Which rows are of learned optimizers."""
+
+
+def number(value: Number, digits: int = 3) -> str:
+    """Write a number; ∞ for what is infinite."""
+    return (
+        "∞" if value is None else f"{value:#.{digits}g}".rstrip(".").replace("e-0", "e-").replace("e+0", "e+")
+    )
+
+
+def losses_table(test: HeldOutReport, horizon: int, every_step: bool) -> Cells:
+    """Losses of all optimizers on one test.
+
+    Args:
+        test: the test.
+        horizon: T.
+        every_step: show the mean at all reported inner steps, not at the horizon and the end only.
+    """
+    optimizers = test["optimizers"]
+    steps = [int(step) for step in next(iter(optimizers.values()))["mean"]]
+    shown = steps if every_step else sorted({horizon, steps[-1]})
+    mine = next(iter(test["paired"]), None)
+    header = [
+        "optimizer",
+        *(f"mean @{t}" for t in shown),
+        f"median @{horizon}",
+        f"sum 1…{horizon}",
+        "diverged",
+    ]
+    if mine is not None:
+        header.append("learned lower")
+    names = [name for kind in ("learned", "tuned", "reference") for name in by_mean(test, horizon, [kind])]
+    rows = [[name, *_cells(optimizers[name], shown, horizon), *_share(test, mine, name)] for name in names]
+    return Cells(header, rows, [optimizers[name]["kind"] == "learned" for name in names])
+
+
+def _cells(entry: OptimizerReport, shown: Sequence[int], horizon: int) -> list[str]:
+    """Mean losses (with standard error at the horizon), median, sum, diverged."""
+
+    def mean(step: int) -> str:
+        error = f" ± {number(entry['stderr'][str(step)], 2)}" if step == horizon else ""
+        return number(entry["mean"][str(step)]) + error
+
+    diverged = f"{entry['num_diverged']} of {entry['num_tasks']}"
+    median = number(entry["median"][str(horizon)])
+    return [*map(mean, shown), median, number(entry["sum_mean"]), diverged]
+
+
+def _share(test: HeldOutReport, mine: str | None, name: str) -> list[str]:
+    """On which share of the tasks the learned optimizer has the lower sum."""
+    if mine is None:
+        return []
+    paired = test["paired"][mine].get(name)
+    return ["–" if paired is None else f"{100 * paired['sum']['share_lower']:.1f} %"]
+
+
+def tuning_table(test: HeldOutReport) -> Cells:
+    """What was chosen for the hand-designed optimizers."""
+    rows = []
+    for name, entry in test["optimizers"].items():
+        tuning = entry["tuning"]
+        if tuning is not None:
+            chosen = _hyper_parameters(entry["hyper_parameters"])
+            edges = ", ".join(tuning["edges"]) or "–"
+            rows.append([name, chosen, tuning["target"], tuning["tuned_on"], number(tuning["score"]), edges])
+    header = ["optimizer", "hyper-parameters", "tuned for", "on", "score", "at the edge of its grid"]
+    return Cells(header, rows, [False] * len(rows))
+
+
+def tuned_table(tuned: dict[str, Tuned]) -> Cells:
+    """The same before any test was run."""
+    rows = []
+    for name, result in tuned.items():
+        for target, choice in (("final", result.final), ("sum", result.sum)):
+            chosen = _hyper_parameters(choice.hyper_parameters)
+            rows.append([name, target, chosen, number(choice.score), ", ".join(choice.edges) or "–"])
+    header = ["optimizer", "tuned for", "hyper-parameters", "score", "at the edge of its grid"]
+    return Cells(header, rows, [False] * len(rows))
+
+
+def _hyper_parameters(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+def verdict(test: HeldOutReport, horizon: int) -> str:
+    """Say in one or two sentences what the learned optimizer beats, and what it does not."""
+    if not test["paired"]:
+        return ""
+    mine = next(iter(test["paired"]))
+    means = {name: entry["mean"][str(horizon)] for name, entry in test["optimizers"].items()}
+    own, tuned = means[mine], by_mean(test, horizon, ["tuned"])
+    if own is None:
+        return f"{mine} went astray on at least one task by inner step {horizon}; its mean loss is infinite."
+    text = f"{mine}: mean loss {number(own)} at inner step {horizon}."
+    best = means[tuned[0]] if tuned else None
+    if best is not None and min(own, best) > 0:
+        text += f" That is {own / best:.2f} × the best tuned baseline ({tuned[0]}, {number(best)})."
+    better = [
+        f"{name} ({number(m)})" for name, m in means.items() if name != mine and m is not None and m <= own
+    ]
+    return text + (f" Not beaten: {', '.join(better)}." if better else " Nothing in the table is better.")
+
+
+def markdown(report: Report) -> str:
+    """The whole ``report.md``."""
+    horizon = report["horizon"]
+    parts = [_MARKDOWN_HEAD.format(horizon=horizon, factor=f"{DIVERGED_FACTOR:g}")]
+    for i, (name, test) in enumerate(report["tests"].items()):
+        parts += [f"## {name}", f"`{test['family']}`", verdict(test, horizon)]
+        parts.append(_markdown_table(losses_table(test, horizon, every_step=i == 0)))
+        if i == 0:
+            parts += ["![curves](curves.png)", "### Hyper-parameters", _markdown_table(tuning_table(test))]
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    parts.append(
+        f"Wall time {report['wall_seconds']:.0f} s, CPU time {report['cpu_seconds']:.0f} s on "
+        f"{report['num_workers']} processes. Seeds: test {report['test_seed']}, tuning "
+        f"{report['tuning_seed']}. {versions}."
+    )
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+_MARKDOWN_HEAD = """# Evaluation
+
+Losses on tasks that no optimizer saw in meta-training or tuning; ± is one standard error over tasks.
+Baselines are tuned for the mean loss at inner step {horizon}, the horizon of meta-training, or for the sum
+of losses up to it; schedules end there, and so does their movement. “(tuned here)” was tuned again on the
+shifted distribution. “diverged” counts tasks whose loss was not finite at any inner step of the run or rose
+above its start by more than {factor} times (start + 1). “learned lower” is the share of tasks on which the
+learned optimizer has the lower sum. References are counted in evaluations of loss and gradient, and run on
+fewer tasks, in float64."""
+
+
+def _markdown_table(cells: Cells) -> str:
+    lines = ["| " + " | ".join(cells.header) + " |", "|---" + "|---:" * (len(cells.header) - 1) + "|"]
+    for row, bold in zip(cells.rows, cells.bold, strict=True):
+        lines.append("| " + " | ".join(f"**{cell}**" if bold else cell for cell in row) + " |")
+    return "\n".join(lines)
+
+
+def print_table(title: str, cells: Cells, note: str = "") -> None:
+    """Print a table to the terminal."""
+    table = Table(title=title, caption=note or None, box=rich.box.SIMPLE_HEAD, title_justify="left")
+    for i, name in enumerate(cells.header):
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i > 0)
+    for row, bold in zip(cells.rows, cells.bold, strict=True):
+        table.add_row(*row, style="bold green" if bold else None)
+    Console().print(table)

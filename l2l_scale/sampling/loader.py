@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from torch.utils.data import Dataset
+
 from l2l_scale.checks import check_positive
 from l2l_scale.sampling.sampler import WindowSampler
 from l2l_scale.unroll import WindowBatch
@@ -44,3 +46,23 @@ class WindowLoader:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on with the window that :meth:`state_dict` was about to give."""
         self.next_index = state["next_index"]
+
+
+class WindowDataset(Dataset[WindowBatch]):
+    """The first windows of some slots, always the same: for validation.
+
+    Args:
+        sampler: draws the windows.
+        slots: the (global) slots, one per task.
+        windows: how many windows.
+    """
+
+    def __init__(self, sampler: WindowSampler, slots: range, windows: int) -> None:
+        self.sampler, self.slots, self.windows = sampler, slots, windows
+
+    def __len__(self) -> int:
+        return self.windows
+
+    def __getitem__(self, index: int) -> WindowBatch:
+        """Window ``index``."""
+        return self.sampler(index, self.slots).to_batch()

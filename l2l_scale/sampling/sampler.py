@@ -47,7 +47,7 @@ class Problem(NamedTuple):
     theta0: np.ndarray
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)  # start points are as large as the optimizee: do not keep many
 def draw_problem(family: TaskFamily, seed: int, split: Split, slot: int, generation: int) -> Problem:
     """Draw the task that a slot works on in a generation.
 

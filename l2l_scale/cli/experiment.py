@@ -1,0 +1,103 @@
+"""The one configuration that all commands share: model, data, trainer, checkpoint, evaluation.
+
+A YAML file holds choices, the constructors of the classes hold the defaults, and overlays are more
+``-c`` files. Built on LightningCLI, so everything a Lightning user knows works.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from abc import abstractmethod
+from argparse import ArgumentError
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from l2l_scale.cli.errors import suggestion
+from l2l_scale.evaluation import Evaluation
+from l2l_scale.training import MetaTraining, WindowData
+
+TRAINER_DEFAULTS = {
+    "max_epochs": -1,
+    "devices": 1,
+    "log_every_n_steps": 20,
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+    "gradient_clip_val": 1.0,
+}
+CHECKPOINT_DEFAULTS = {
+    "checkpoint.monitor": "valid/sum",
+    "checkpoint.mode": "min",
+    "checkpoint.filename": "best",
+    "checkpoint.save_last": True,
+    "checkpoint.enable_version_counter": False,
+    "checkpoint.auto_insert_metric_name": False,
+}
+
+
+class Experiment(LightningCLI):
+    """Parses a configuration and builds its objects; a command is a subclass that runs them.
+
+    Args:
+        arguments: the command line after the command's name.
+    """
+
+    description: str
+    """What ``--help`` says first."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(name).setLevel(logging.WARNING)  # we say what runs ourselves
+        sys.argv = sys.argv[:1]  # else LightningCLI warns that arguments come from two places
+        super().__init__(
+            MetaTraining,
+            WindowData,
+            save_config_callback=None,
+            trainer_defaults=dict(TRAINER_DEFAULTS),
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            run=False,
+            args=arguments,
+            parser_kwargs={"exit_on_error": False, "description": self.description},
+        )
+
+    @abstractmethod
+    def add_options(self, parser: LightningArgumentParser) -> None:
+        """Add the command's own options."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what is ours to Lightning's groups, and tie together what must be the same."""
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(CHECKPOINT_DEFAULTS)
+        parser.add_class_arguments(Evaluation, "evaluation")
+        parser.link_arguments("data.family", "model.family", apply_on="instantiate")
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        self.add_options(parser)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; an unknown name comes back with the nearest known one."""
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            raise ArgumentError(None, str(error).strip() + suggestion(str(error), parser)) from error
+
+    @property
+    def name(self) -> str:
+        """What the run is called: the first configuration file's name."""
+        files = self.config.config or []
+        return Path(str(files[0])).stem if files else "run"
+
+
+class Reader(Experiment):
+    """An experiment that is not trained: everything is built but the trainer."""
+
+    def instantiate_classes(self) -> None:
+        """Build family and settings."""
+        self.config_init = self.parser.instantiate_classes(self.config)
+        self.family = self.config_init.data.family
+        self.horizon = self.config_init.data.schedule.horizon
+        self.evaluation: Evaluation = self.config_init.evaluation

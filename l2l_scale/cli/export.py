@@ -1,0 +1,87 @@
+"""``l2l-scale export``: the rule of a checkpoint as a file for ``LearnedOptimizer``."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+
+from l2l_scale.deploy import build_rule, classes_of, load_rule, save_rule
+from l2l_scale.optimizers import UpdateRule
+from l2l_scale.training.checkpoint import KEY
+
+
+def run(arguments: list[str]) -> None:
+    """Export as the command line says."""
+    parser = ArgumentParser(
+        exit_on_error=False, description="Write the rule of a checkpoint as one safetensors file, without pickle."
+    )
+    parser.add_argument("checkpoint", type=str, help="a checkpoint, or a run folder (then its best one)")
+    parser.add_argument(
+        "--out", type=str | None, default=None, help="file to write; rule.safetensors of the run if not given"
+    )
+    config = parser.parse_args(arguments)
+    checkpoint = Path(config.checkpoint)
+    if checkpoint.is_dir():
+        checkpoint = checkpoint / "checkpoints" / "best.ckpt"
+    out = Path(config.out) if config.out else checkpoint.parent.parent / "rule.safetensors"
+    print(export_rule(checkpoint, out))
+
+
+def export_rule(checkpoint: Path, out: Path, own: UpdateRule | None = None) -> Path:
+    """Write the rule of a checkpoint to ``out``; ``own`` as in :func:`read_rule`.
+
+    Raises:
+        ValueError: if there is no such checkpoint, or it is not one of ours.
+    """
+    content = read_checkpoint(checkpoint)
+    saved = content[KEY]
+    notes = {
+        "family": saved["family"],
+        "meta_steps": content["global_step"],
+        "horizon": saved["horizon"],
+        "seed": saved["seed"],
+    }
+    return save_rule(rule_of(content, [] if own is None else classes_of(own)), out, metadata=notes)
+
+
+def read_rule(path: Path, own: UpdateRule | None = None) -> UpdateRule:
+    """The rule in an exported file or in a checkpoint, whichever ``path`` is.
+
+    Args:
+        path: the file.
+        own: a rule whose classes the file may name besides the package's own.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is neither.
+    """
+    classes = [] if own is None else classes_of(own)
+    return rule_of(read_checkpoint(path), classes) if path.suffix == ".ckpt" else load_rule(path, classes)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's content; nothing in it is executed.
+
+    Raises:
+        ValueError: if there is no such file, it is damaged, or it is not one of ours.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no checkpoint {path}; run folders keep theirs in checkpoints/")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict) or KEY not in content:
+        raise ValueError(f"{path} was not written by l2l-scale fit")
+    return content
+
+
+def rule_of(content: dict[str, Any], classes: Sequence[type] = ()) -> UpdateRule:
+    """Build the rule that a checkpoint holds."""
+    weights = {name.removeprefix("rule."): value for name, value in content["state_dict"].items()}
+    return build_rule(content[KEY]["rule"], weights, classes)

@@ -1,0 +1,7 @@
+"""The Lightning side: module, data and callbacks (floor 5; the only floor that imports lightning)."""
+
+from l2l_scale.training.data import WindowData
+from l2l_scale.training.metrics import MetaStepBar, TrajectoryMetrics
+from l2l_scale.training.module import DivergedError, MetaTraining
+
+__all__ = ["DivergedError", "MetaStepBar", "MetaTraining", "TrajectoryMetrics", "WindowData"]

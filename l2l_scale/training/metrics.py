@@ -1,0 +1,86 @@
+"""Callbacks that show how the meta-training goes: metrics of trajectories, and one progress bar."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+from l2l_scale.training.module import MetaTraining, StepOutput
+
+
+class TrajectoryMetrics(Callback):
+    """Logs, every ``trainer.log_every_n_steps`` meta-steps, what the slots did.
+
+    - ``train/loss``: mean loss over the window and the slots that did not diverge;
+    - ``train/loss_at/T``: the loss at the end of the windows that end at inner step T. Slots are at
+      different points of their trajectories, so only losses of one phase are comparable over time;
+    - ``train/update_norm``: root mean square of the last updates;
+    - ``train/diverged``: share of slots that diverged in the window.
+    """
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the window that was just trained on."""
+        assert isinstance(pl_module, MetaTraining)
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            window: StepOutput = outputs["window"]
+            pl_module.log("train/diverged", window.diverged.float().mean())
+            pl_module.log_dict(trajectory_metrics(window))
+            pl_module.log("loss", window.losses[:, ~window.diverged].mean(), prog_bar=True, logger=False)
+
+
+def trajectory_metrics(window: StepOutput) -> dict[str, float]:
+    """The numbers of one window, over the slots that did not diverge."""
+    alive = ~window.diverged
+    metrics = {
+        "train/loss": float(window.losses[:, alive].mean()),
+        "train/update_norm": float(window.update_norm[alive].mean()),
+    }
+    for start in window.inner_step.unique().tolist():
+        here = alive & (window.inner_step == start)
+        metrics[f"train/loss_at/{start + len(window.losses)}"] = float(window.losses[-1, here].mean())
+    return metrics
+
+
+class MetaStepBar(TQDMProgressBar):
+    """One bar for the whole run, in meta-steps, with the time left.
+
+    Lightning's own bars start anew with every epoch; an epoch is only a rhythm here.
+    """
+
+    def __init__(self) -> None:
+        # A log file gets a line now and then, a terminal a live bar.
+        super().__init__(refresh_rate=10 if sys.stdout.isatty() else 100)
+
+    def init_validation_tqdm(self) -> Tqdm:
+        """No bar: validations are short."""
+        return Tqdm(disable=True)
+
+    init_sanity_tqdm = init_validation_tqdm
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Keep the bar that the run started with."""
+        bar = self.train_progress_bar
+        bar.set_description("meta-training", refresh=False)
+        if bar.total is None and trainer.max_steps > 0:
+            bar.total, bar.unit = trainer.max_steps, " meta-steps"
+            bar.initial = bar.n = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Advance to the number of meta-steps done."""
+        done, bar = trainer.global_step, self.train_progress_bar
+        if self._should_update(done, bar.total or 0):
+            bar.n = done
+            bar.set_postfix(self.get_metrics(trainer, pl_module))
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """The numbers that matter, shortly."""
+        metrics = super().get_metrics(trainer, pl_module)
+        return {name: f"{value:.4g}" for name, value in metrics.items() if isinstance(value, float)}

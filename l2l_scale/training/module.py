@@ -1,0 +1,167 @@
+"""The Lightning module that meta-trains any rule on any task family with any estimator."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+
+from l2l_scale.checks import check_positive
+from l2l_scale.estimators import GradientEstimator, TruncatedBPTT
+from l2l_scale.optimizers import UpdateRule
+from l2l_scale.rng import Split
+from l2l_scale.tasks import TaskFamily
+from l2l_scale.training import checkpoint as inflight
+from l2l_scale.tree import tree_detach
+from l2l_scale.unroll import Carry, InnerGradient, Rollout, WindowBatch, begin, unroll
+
+
+class StepOutput(NamedTuple):
+    """What a training window shows to callbacks; all without graph."""
+
+    losses: Tensor
+    """f(θ_1) … f(θ_K), (K, S)."""
+    inner_step: Tensor
+    """(S,) where in its trajectory each slot stood before the window."""
+    diverged: Tensor
+    """(S,) whether the slot went astray."""
+    update_norm: Tensor
+    """(S,) root mean square of the last update."""
+
+
+class MetaTraining(L.LightningModule):
+    """Meta-training: one batch is one window, one window is one meta-step on φ.
+
+    Args:
+        rule: the update rule to be trained.
+        family: the tasks that it is trained on.
+        estimator: of the meta-gradient; first-order truncated BPTT if not given.
+        learning_rate: of Adam on φ.
+        final_fraction: share of the learning rate that is left at the last meta-step; it falls along a
+            cosine. 1 keeps it constant.
+        divergence_patience: stop with an error after so many windows in a row in which every slot diverged.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    def __init__(
+        self,
+        rule: UpdateRule,
+        family: TaskFamily,
+        estimator: GradientEstimator | None = None,
+        learning_rate: float = 3e-3,
+        final_fraction: float = 0.03,
+        divergence_patience: int = 20,
+    ) -> None:
+        super().__init__()
+        check_positive("learning_rate", learning_rate)
+        check_positive("divergence_patience", divergence_patience)
+        if not 0 <= final_fraction <= 1:
+            raise ValueError(f"final_fraction ({final_fraction}) must be in [0, 1]")
+        self.rule = rule
+        self.family = family
+        self.valid_family = family.for_split(Split.VALID)
+        self.estimator = TruncatedBPTT() if estimator is None else estimator
+        self.learning_rate, self.final_fraction = learning_rate, final_fraction
+        self.divergence_patience = divergence_patience
+        # In-flight state. Not buffers: DDP would overwrite every rank's slots with those of rank 0.
+        self.carry: Carry | None = None
+        self.next_window = 0
+        self.windows_astray = 0
+        self.valid_carry: Carry | None = None
+        self.valid_losses: list[Tensor] = []
+
+    def on_fit_start(self) -> None:
+        """Put resident data on the device."""
+        self.family.prepare(self.device)
+        self.valid_family.prepare(self.device)
+
+    def training_step(self, batch: WindowBatch, batch_idx: int) -> dict[str, Any]:
+        """Unroll one window; Lightning does the backward pass and the meta-step."""
+        assert batch.window_index == self.next_window, (batch.window_index, self.next_window)
+        estimate = self.estimator(self.rule, self.family, begin(self.rule, batch, self.carry), batch)
+        rollout: Rollout = tree_detach(estimate.rollout)
+        self.carry, self.next_window = rollout.carry, batch.window_index + 1
+        self._stop_if_all_diverged(rollout.carry.diverged)
+        output = StepOutput(rollout.losses, batch.inner_step, rollout.carry.diverged, rollout.update_norm)
+        return {"loss": estimate.surrogate, "window": output}
+
+    def _stop_if_all_diverged(self, diverged: Tensor) -> None:
+        self.windows_astray = self.windows_astray + 1 if bool(diverged.all()) else 0
+        if self.windows_astray >= self.divergence_patience:
+            raise DivergedError(
+                f"every task diverged in each of the last {self.windows_astray} windows, so nothing can be "
+                "learned. Make the first updates smaller (rule: output_scale or the head's scale), the window "
+                "shorter (data.window), or the meta-learning rate lower (model.learning_rate)"
+            )
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the gradient's norm; drop a gradient that is not finite, so that φ never becomes NaN."""
+        grads = [param.grad for param in self.parameters() if param.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        finite = bool(norm.isfinite())
+        if not finite:
+            for param in self.parameters():
+                param.grad = None  # Adam leaves such parameters and their moments alone
+        if self.is_logging_step or not finite:
+            self.log("train/grad_norm", norm)
+            self.log("train/skipped", float(not finite))
+
+    @property
+    def is_logging_step(self) -> bool:
+        """Whether this meta-step is one of those that are logged; logging every one costs more than W1's K."""
+        return (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined, no-any-return]
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Adam on φ, its learning rate falling along a cosine over the run."""
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.learning_rate)
+        total, final = self.trainer.max_steps, self.final_fraction
+        if total < 1 and final < 1:
+            raise ValueError(
+                f"trainer.max_steps ({total}) must be > 0 for a learning rate that falls to "
+                f"final_fraction ({final}); set model.final_fraction=1 for an open-ended run"
+            )
+
+        def factor(step: int) -> float:
+            return final + (1 - final) * (1 + math.cos(math.pi * min(step / total, 1))) / 2
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor if final < 1 else lambda step: 1.0)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_validation_epoch_start(self) -> None:
+        """Start all validation trajectories afresh."""
+        self.valid_carry, self.valid_losses = None, []
+
+    def validation_step(self, batch: WindowBatch, batch_idx: int) -> None:
+        """One window of the held-out tasks; what diverged stays astray."""
+        if self.valid_carry is not None:
+            still = torch.zeros_like(self.valid_carry.diverged)
+            self.valid_carry = self.valid_carry._replace(diverged=still)
+        carry = begin(self.rule, batch, self.valid_carry)
+        rollout = unroll(self.rule, self.valid_family, carry, batch, InnerGradient.NONE)
+        self.valid_carry = rollout.carry
+        self.valid_losses.append(rollout.losses)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what the trajectories of the held-out tasks came to."""
+        losses = torch.cat(self.valid_losses).nan_to_num(nan=torch.inf)
+        self.log("valid/sum", losses.sum(0).mean(), sync_dist=True)
+        self.log("valid/final", losses[-1].mean(), prog_bar=True, sync_dist=True)
+        self.log("valid/final_median", losses[-1].median(), sync_dist=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Collective. Add the in-flight state of all ranks' slots, and what the rule is."""
+        inflight.save(checkpoint, self)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the in-flight state again; a checkpoint of another rule is refused."""
+        inflight.load(checkpoint, self)
+
+
+class DivergedError(RuntimeError):
+    """Every task of the run diverges."""

@@ -1,0 +1,170 @@
+import copy
+import math
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from l2l_scale.estimators import TruncatedBPTT
+from l2l_scale.optimizers import CoordinatewiseLSTM
+from l2l_scale.tasks import Quadratic
+from l2l_scale.training import DivergedError, MetaTraining, TrajectoryMetrics, WindowData
+from l2l_scale.tree import tree_leaves
+
+FAMILY = Quadratic(dimension=3)
+
+
+def make_module(**kwargs):
+    torch.manual_seed(0)
+    rule = CoordinatewiseLSTM(hidden_size=4, layers=1)
+    return MetaTraining(rule, FAMILY, estimator=TruncatedBPTT(second_order=True), **kwargs)
+
+
+def make_data(**kwargs):
+    settings = {"horizon": 20, "window": 5, "slots": 6, "windows_per_epoch": 4, "valid_tasks": 8, **kwargs}
+    return WindowData(FAMILY, **settings)
+
+
+def make_trainer(folder, max_steps, callbacks=(), **kwargs):
+    return L.Trainer(
+        max_steps=max_steps,
+        max_epochs=-1,
+        accelerator="cpu",
+        logger=kwargs.pop("logger", False),
+        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        gradient_clip_val=1.0,
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+        **kwargs,
+    )
+
+
+def fit(folder, max_steps, module=None, ckpt_path=None, callbacks=(), data=None, **kwargs):
+    module = module or make_module()
+    trainer = make_trainer(folder, max_steps, callbacks, **kwargs)
+    trainer.fit(module, datamodule=data or make_data(), ckpt_path=ckpt_path)
+    return module, trainer
+
+
+class Stop(Callback):
+    """Ends a run in the middle of an epoch, as a crash right after a checkpoint would."""
+
+    def __init__(self, after: int, path: Path) -> None:
+        self.after, self.path = after, path
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.after:
+            trainer.save_checkpoint(self.path)
+            trainer.should_stop = True
+
+
+@pytest.mark.parametrize("after", [3, 4, 6])
+def test_resumed_run_equals_undisturbed_run_bit_for_bit(tmp_path, after):
+    straight, trainer = fit(tmp_path, 11)
+    fit(tmp_path, 11, callbacks=[Stop(after, tmp_path / "stop.ckpt")])
+    resumed, again = fit(tmp_path, 11, ckpt_path=tmp_path / "stop.ckpt")
+    assert trainer.global_step == again.global_step == 11
+    assert resumed.next_window == straight.next_window == 11
+    for a, b in zip(straight.rule.parameters(), resumed.rule.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(tree_leaves(straight.carry), tree_leaves(resumed.carry), strict=True):
+        assert torch.equal(a, b)
+    adam, adam_again = (t.optimizers[0].state_dict()["state"] for t in (trainer, again))
+    for key in adam:
+        assert all(torch.equal(adam[key][name], adam_again[key][name]) for name in adam[key])
+
+
+def test_two_runs_of_one_seed_are_equal_and_of_two_seeds_differ(tmp_path):
+    first, second, other = (fit(tmp_path, 5, data=make_data(seed=seed))[0] for seed in (0, 0, 1))
+    weights = [torch.cat([p.flatten() for p in module.rule.parameters()]) for module in (first, second, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_checkpoint_of_another_rule_is_refused_by_the_name_of_the_difference(tmp_path):
+    fit(tmp_path, 5, callbacks=[Stop(3, tmp_path / "stop.ckpt")])
+    other = MetaTraining(CoordinatewiseLSTM(hidden_size=5, layers=1), FAMILY)
+    with pytest.raises(ValueError, match=r"hidden_size is 4 there and 5 here"):
+        fit(tmp_path, 5, module=other, ckpt_path=tmp_path / "stop.ckpt")
+
+
+def test_checkpoint_loads_without_executing_anything(tmp_path):
+    fit(tmp_path, 5, callbacks=[Stop(3, tmp_path / "stop.ckpt")])
+    content = torch.load(tmp_path / "stop.ckpt", weights_only=True)
+    assert content["l2l_scale"]["next_window"] == 3
+    assert content["l2l_scale"]["horizon"] == 20
+
+
+def test_gradient_that_is_not_finite_leaves_phi_and_adam_alone(tmp_path):
+    class Poison(Callback):
+        def on_after_backward(self, trainer, module):
+            if trainer.global_step == 2:
+                self.before = copy.deepcopy(module.rule.state_dict())
+                next(iter(module.rule.parameters())).grad[0] = math.nan
+
+        def on_train_batch_end(self, trainer, module, *_):
+            if trainer.global_step == 3:
+                self.after = copy.deepcopy(module.rule.state_dict())
+
+    poison = Poison()
+    module, trainer = fit(tmp_path, 5, callbacks=[poison])
+    assert all(torch.equal(poison.before[name], poison.after[name]) for name in poison.before)
+    assert all(p.isfinite().all() for p in module.rule.parameters())
+    assert trainer.callback_metrics["train/skipped"] == 1.0
+
+
+def test_run_in_which_all_tasks_diverge_stops_and_says_what_to_change(tmp_path):
+    module = make_module(divergence_patience=3)
+    with torch.no_grad():
+        module.rule.output.bias.fill_(math.inf)
+    with pytest.raises(DivergedError, match=r"last 3 windows.*output_scale.*data\.window.*model\.learning_rate"):
+        fit(tmp_path, 50, module=module)
+
+
+def test_trajectory_metrics_are_logged_by_phase(tmp_path):
+    _, trainer = fit(tmp_path, 8, callbacks=[TrajectoryMetrics()], log_every_n_steps=1)
+    metrics = trainer.callback_metrics
+    names = {f"train/loss_at/{step}" for step in (5, 10, 15, 20)}
+    assert names | {"train/loss", "train/diverged", "train/update_norm", "train/grad_norm"} <= set(metrics)
+    assert metrics["train/diverged"] == 0.0
+
+
+def test_validation_is_on_held_out_tasks_and_equal_to_evaluation(tmp_path):
+    from l2l_scale.evaluation.curves import HeldOut, loss_curves
+    from l2l_scale.rng import Split
+
+    module, trainer = fit(tmp_path, 4)
+    held_out = HeldOut(family=FAMILY, seed=0, split=Split.VALID, num_tasks=8, inner_steps=20, window=5)
+    curves = loss_curves(module.rule, held_out)
+    assert torch.equal(trainer.callback_metrics["valid/final"], curves[-1].mean())
+    assert torch.equal(trainer.callback_metrics["valid/sum"], curves[1:].sum(0).mean())
+
+
+def test_learning_rate_falls_along_a_cosine_to_its_final_fraction(tmp_path):
+    module, trainer = fit(tmp_path, 8, module=make_module(learning_rate=0.1, final_fraction=0.1))
+    assert trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("learning_rate", -1.0), ("learning_rate", math.nan), ("final_fraction", 2.0), ("divergence_patience", 0)],
+)
+def test_bad_settings_of_the_module_are_named(name, value):
+    with pytest.raises(ValueError, match=name):
+        make_module(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["slots", "valid_tasks", "windows_per_epoch", "horizon", "window"])
+def test_bad_settings_of_the_data_are_named(name):
+    with pytest.raises(ValueError, match=name):
+        make_data(**{name: 0})
+
+
+def test_falling_rate_needs_a_number_of_meta_steps(tmp_path):
+    with pytest.raises(ValueError, match=r"trainer\.max_steps \(-1\)"):
+        fit(tmp_path, -1)

@@ -69,7 +69,7 @@ class FlatSpec:
         """Views of ``flat`` (*, N) as named parameters (*, *shape)."""
         parts = torch.split(flat, [segment.size for segment in self.segments], dim=-1)
         return {
-            segment.name: part.reshape(*flat.shape[:-1], *segment.shape)
+            segment.name: part.reshape((*flat.shape[:-1], *segment.shape))
             for segment, part in zip(self.segments, parts, strict=True)
         }
 
@@ -79,6 +79,7 @@ class FlatSpec:
         for segment in self.segments:
             param = params[segment.name]
             leading = param.shape[: param.dim() - len(segment.shape)]
+            assert param.shape[len(leading) :] == segment.shape, (segment, param.shape)
             parts.append(param.reshape(*leading, segment.size))
         return torch.cat(parts, dim=-1)
 
@@ -89,16 +90,17 @@ class FlatSpec:
 
     @classmethod
     def of_module(cls, module: nn.Module) -> FlatSpec:
-        """The spec of a module's parameters, grouped by kind (see :func:`parameter_kind`)."""
-        segments = []
+        """The spec of a module's parameters, tied ones once, grouped by kind (:func:`parameter_kind`)."""
+        segments, known = [], dict(module.named_parameters())
         for path, owner in module.named_modules():
             for name, param in owner.named_parameters(recurse=False):
                 full = f"{path}.{name}" if path else name
-                segments.append(Segment(full, tuple(param.shape), parameter_kind(owner, name, param)))
+                if full in known:
+                    segments.append(Segment(full, tuple(param.shape), parameter_kind(owner, name, param)))
         return cls(tuple(segments))
 
 
-_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
 
 def parameter_kind(owner: nn.Module, name: str, param: Tensor) -> str:

@@ -41,7 +41,7 @@ def stream(seed: int, split: Split, channel: Channel, *counter: int) -> np.rando
         seed: in [0, 2**64).
         split: keeps training, validation, tuning and test apart.
         channel: keeps constants, start points, data and noise apart.
-        counter: up to three numbers in [0, 2**64), usually slot, generation, inner step.
+        counter: up to three numbers in [0, 2**64), usually slot, generation, inner step; missing ones are 0.
 
     Raises:
         ValueError: if the seed is negative or too large.

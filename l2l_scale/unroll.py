@@ -13,7 +13,7 @@ from torch import Tensor
 
 from l2l_scale.optimizers.base import UpdateRule
 from l2l_scale.tasks.base import TaskFamily, Tensors
-from l2l_scale.tree import Tree, tree_map, tree_where
+from l2l_scale.tree import Tree, tree_detach, tree_map, tree_where
 
 
 class WindowBatch(NamedTuple):
@@ -31,8 +31,10 @@ class WindowBatch(NamedTuple):
     """Start points of the slots' trajectories, (S, N)."""
     data: Tensors
     """Minibatches for the K inner steps and for the loss after the last one, (K + 1, S, ...)."""
-    inner_steps: int
+    window_length: int
     """K."""
+    horizon: int
+    """T."""
 
 
 class Carry(NamedTuple):
@@ -54,7 +56,7 @@ class Rollout(NamedTuple):
     carry: Carry
     losses: Tensor
     """f(θ_1) … f(θ_K), (K, S); differentiable in φ as the mode says."""
-    update_norm: Tensor
+    update_rms: Tensor
     """(S,) root mean square of the last update, without graph."""
 
 
@@ -76,6 +78,8 @@ _CEILING = 1e8
 def begin(rule: UpdateRule, batch: WindowBatch, carry: Carry | None) -> Carry:
     """Start new trajectories where the batch says so, and where the previous window diverged.
 
+    What goes on is cut from its graph: this is where backpropagation is truncated.
+
     Args:
         rule: the rule whose state is started.
         batch: the window to come.
@@ -85,7 +89,7 @@ def begin(rule: UpdateRule, batch: WindowBatch, carry: Carry | None) -> Carry:
     fresh = Carry(batch.theta0, rule.init_state(batch.theta0), start_loss, torch.zeros_like(batch.reset))
     if carry is None:
         return fresh
-    started: Carry = tree_where(batch.reset | carry.diverged, fresh, carry)
+    started: Carry = tree_where(batch.reset | carry.diverged, fresh, tree_detach(carry))
     return started
 
 
@@ -102,7 +106,7 @@ def unroll(
     Args:
         rule: the update rule.
         family: whose losses are minimised.
-        carry: from :func:`begin`; treated as constant, so the graph ends at the start of the window.
+        carry: from :func:`begin`, so the graph ends at the start of the window.
         batch: the window.
         mode: how the losses depend on φ.
         frozen: (S,) slots whose θ must not move; they contribute no gradient to φ.
@@ -116,7 +120,7 @@ def unroll(
     start_loss = torch.where(carry.start_loss.isnan(), loss.detach(), carry.start_loss)
     losses = []
     with torch.set_grad_enabled(mode is not InnerGradient.NONE):
-        for k in range(batch.inner_steps):
+        for k in range(batch.window_length):
             if frozen is not None:
                 grad = grad.masked_fill(frozen[:, None], 0.0)
             update, state = rule(grad, theta, state)
@@ -139,7 +143,7 @@ def has_diverged(losses: Tensor, start_loss: Tensor, factor: float) -> Tensor:
         factor: how many times |start| (plus one) a loss may lie above its start.
     """
     bound = start_loss + factor * (start_loss.abs() + 1)
-    return ~(losses <= bound).all(0)  # a NaN compares as False
+    return ~((losses <= bound) & losses.isfinite()).all(0)
 
 
 def _loss_and_gradient(

@@ -224,7 +224,9 @@ def test_meta_gradient_equals_that_of_plain_pytorch(benchmarks) -> None:
     torch.manual_seed(0)
     peer = eager_peer.EagerLSTM(hidden_size=5).double()
     rule = methods.rule_like(peer)
-    total = eager_peer.meta_loss(peer, workload.loss, batch.theta0, batch.task, batch.data, batch.inner_steps)
+    total = eager_peer.meta_loss(
+        peer, workload.loss, batch.theta0, batch.task, batch.data, batch.window_length
+    )
     total.backward()
     estimate = TruncatedBPTT()(rule, workload.family, begin(rule, batch, None), batch)
     estimate.surrogate.backward()

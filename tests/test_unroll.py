@@ -72,7 +72,7 @@ def test_windows_compose(family: TaskFamily, mode: InnerGradient, dtype: torch.d
     pieces = run(rule, family, parts, mode)
     assert torch.equal(torch.cat([piece.losses for piece in pieces]), full.losses)
     assert equal_trees(pieces[-1].carry, full.carry)
-    assert torch.equal(pieces[-1].update_norm, full.update_norm)
+    assert torch.equal(pieces[-1].update_rms, full.update_rms)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: type(f).__name__)
@@ -93,7 +93,7 @@ def test_only_the_modes_with_gradient_build_a_graph() -> None:
         assert rollout.losses.requires_grad == (mode is not InnerGradient.NONE)
         assert rollout.carry.theta.requires_grad == (mode is not InnerGradient.NONE)
         assert not rollout.carry.start_loss.requires_grad
-        assert not rollout.update_norm.requires_grad
+        assert not rollout.update_rms.requires_grad
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: type(f).__name__)
@@ -131,12 +131,12 @@ def test_losses_are_those_of_the_family_after_each_inner_step(double: torch.dtyp
         assert (rollout.carry.theta[slot] - theta).abs().max() <= 1e-14
 
 
-def test_update_norm_is_the_root_mean_square_of_the_last_update(double: torch.dtype) -> None:
+def test_update_rms_is_the_root_mean_square_of_the_last_update(double: torch.dtype) -> None:
     family, rule = Quadratic(dimension=3), Descent()
     before, after = draw_windows(family, Schedule(horizon=2, window=1, staggered=False), 2)
     first, second = run(rule, family, [before, after], InnerGradient.NONE)
     update = second.carry.theta - first.carry.theta
-    assert (second.update_norm - update.square().mean(-1).sqrt()).abs().max() <= 1e-15
+    assert (second.update_rms - update.square().mean(-1).sqrt()).abs().max() <= 1e-15
 
 
 def test_begin_starts_all_slots_without_a_carry_and_otherwise_those_told_or_diverged() -> None:

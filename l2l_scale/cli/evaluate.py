@@ -16,36 +16,49 @@ class Evaluate(Reader):
     """An evaluation of trained rules with a configuration."""
 
     description = (
-        "Tune baselines on tuning tasks, run them and the learned rules on the same held-out tasks, and write "
-        "report.json, report.md and curves.png. The configuration is that of fit."
+        "Tune baselines on tuning tasks, run them and the learned rules on the same held-out tasks, and "
+        "write report.json, report.md and curves.png. The configuration is that of fit."
     )
 
     def add_options(self, parser: LightningArgumentParser) -> None:
         """Add what is evaluated and where the report goes."""
         parser.add_argument(
             "--rule",
-            type=str | dict[str, str],
-            help="an exported rule or a checkpoint; or several by name: {LSTM: a.safetensors, paper: b.ckpt}",
+            type=str | dict[str, str] | None,
+            default=None,
+            help="an exported rule or a checkpoint; several by name: {LSTM: a.safetensors, paper: b.ckpt}; "
+            "run_dir's rule.safetensors if not given",
         )
         parser.add_argument(
-            "--out", type=str | None, default=None, help="folder of the report; 'evaluation' beside the rule if not given"
+            "--out",
+            type=str | None,
+            default=None,
+            help="folder of the report; 'evaluation' beside the rule if not given",
         )
 
+    def files(self) -> dict[str, Path]:
+        """Where the learned rules are, by name.
+
+        Raises:
+            ValueError: if neither a rule nor a run folder is given.
+        """
+        given, run_dir = self.config.rule, self.config.run_dir
+        if isinstance(given, dict):
+            return {name: Path(path) for name, path in given.items()}
+        if given is None and run_dir is None:
+            raise ValueError(
+                "give --rule, an exported rule or a checkpoint, or the --run_dir of a finished run"
+            )
+        return {"learned": Path(given) if given else Path(run_dir) / "rule.safetensors"}
+
     def rules(self) -> dict[str, UpdateRule]:
-        """The learned rules by name; the class of the configuration's rule may be one of the user's own."""
-        files = self.config.rule
-        if files is None:
-            raise ValueError("--rule is missing: give a run's rule.safetensors or a checkpoint")
-        named = files if isinstance(files, dict) else {"learned": files}
-        return {name: read_rule(Path(path), own=self.config_init.model.rule) for name, path in named.items()}
+        """The learned rules by name; they may be of the classes that the configuration names."""
+        return {name: read_rule(path, own=self.config_init.model.rule) for name, path in self.files().items()}
 
     def out(self) -> Path:
         """The report's folder."""
-        if self.config.out:
-            return Path(self.config.out)
-        files = self.config.rule
-        first = next(iter(files.values())) if isinstance(files, dict) else files
-        return Path(first).parent / "evaluation"
+        first = next(iter(self.files().values()))
+        return Path(self.config.out) if self.config.out else first.parent / "evaluation"
 
 
 def run(arguments: list[str]) -> None:

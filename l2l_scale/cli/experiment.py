@@ -27,6 +27,7 @@ TRAINER_DEFAULTS = {
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,
     "gradient_clip_val": 1.0,
+    "inference_mode": False,  # losses of held-out trajectories need the inner gradients
 }
 CHECKPOINT_DEFAULTS = {
     "checkpoint.monitor": "valid/sum",
@@ -76,6 +77,9 @@ class Experiment(LightningCLI):
         parser.add_class_arguments(Evaluation, "evaluation")
         parser.link_arguments("data.family", "model.family", apply_on="instantiate")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        parser.add_argument(
+            "--run_dir", type=str | None, default=None, help="run folder; a new runs/CONFIG[-n] if not given"
+        )
         self.add_options(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

@@ -18,7 +18,8 @@ from l2l_scale.training.checkpoint import KEY
 def run(arguments: list[str]) -> None:
     """Export as the command line says."""
     parser = ArgumentParser(
-        exit_on_error=False, description="Write the rule of a checkpoint as one safetensors file, without pickle."
+        exit_on_error=False,
+        description="Write the rule of a checkpoint as one safetensors file, without pickle.",
     )
     parser.add_argument("checkpoint", type=str, help="a checkpoint, or a run folder (then its best one)")
     parser.add_argument(
@@ -43,8 +44,6 @@ def export_rule(checkpoint: Path, out: Path, own: UpdateRule | None = None) -> P
     notes = {
         "family": saved["family"],
         "meta_steps": content["global_step"],
-        "horizon": saved["horizon"],
-        "seed": saved["seed"],
     }
     return save_rule(rule_of(content, [] if own is None else classes_of(own)), out, metadata=notes)
 

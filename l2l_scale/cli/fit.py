@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -24,18 +25,20 @@ RUN_DIR_VARIABLE = "L2L_SCALE_RUN_DIR"  # how the processes that Lightning start
 class Fit(Experiment):
     """Meta-training into a run folder."""
 
-    description = "Meta-train a rule. The run folder gets config.yaml, metrics.csv, checkpoints/ and the best rule."
+    description = (
+        "Meta-train a rule. The run folder gets config.yaml, metrics.csv, checkpoints/ and the best rule."
+    )
 
     def add_options(self, parser: LightningArgumentParser) -> None:
-        """Add where the run is written, and what it goes on from."""
-        parser.add_argument(
-            "--run_dir", type=str | None, default=None, help="run folder; a new runs/CONFIG[-n] if not given"
-        )
+        """Add what a run starts from."""
         parser.add_argument(
             "--overwrite", type=bool, default=False, help="delete what is in run_dir and start anew"
         )
         parser.add_argument(
-            "--ckpt_path", type=str | None, default=None, help="resume from a checkpoint, or the 'last' of run_dir"
+            "--ckpt_path",
+            type=str | None,
+            default=None,
+            help="resume from a checkpoint, or the 'last' of run_dir",
         )
 
     def before_instantiate_classes(self) -> None:
@@ -49,7 +52,7 @@ class Fit(Experiment):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Lightning's trainer with our logger (unless another is configured) and callbacks."""
-        own = [TrajectoryMetrics()]
+        own: list[Callback] = [TrajectoryMetrics()]
         if self.config.trainer.enable_progress_bar in (None, True):
             own.append(MetaStepBar())
         self.trainer_defaults["callbacks"] = own
@@ -61,13 +64,22 @@ class Fit(Experiment):
         """Train, then export the best rule and say what comes next."""
         trainer = self.trainer
         if trainer.is_global_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, self.folder / "config.yaml", overwrite=True, multifile=False)
+            self.save_config()
+            keep_metrics(self.folder)
             print(self.headline(), flush=True)
         started = time.perf_counter()
         trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.ckpt_path)
         if trainer.is_global_zero:
             self.finish(time.perf_counter() - started)
+
+    def save_config(self) -> None:
+        """Write the configuration, all defaults included, so that every command takes it again."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        config = self.config.clone()
+        for option in ("config", "overwrite", "ckpt_path"):
+            config.pop(option, None)
+        text = self.parser.dump(config, skip_none=False, skip_validation=True)
+        (self.folder / "config.yaml").write_text(text, encoding="utf-8")
 
     def headline(self) -> str:
         """What is about to run."""
@@ -88,7 +100,7 @@ class Fit(Experiment):
             return
         rule = export_rule(best, self.folder / "rule.safetensors", own=self.model.rule)
         print(f"best rule by {self.config.checkpoint.monitor}: {rule}")
-        print(f"next: l2l-scale evaluate -c {self.folder / 'config.yaml'} --rule {rule}")
+        print(f"next: l2l-scale evaluate -c {self.folder / 'config.yaml'}")
 
 
 def choose_folder(wish: str | None, name: str, resumes: bool, overwrite: bool) -> Path:
@@ -111,13 +123,22 @@ def choose_folder(wish: str | None, name: str, resumes: bool, overwrite: bool) -
     return folder
 
 
+def keep_metrics(folder: Path) -> None:
+    """Put the metrics of a run that is resumed out of the way: the logger starts its file anew."""
+    metrics, number = folder / "metrics.csv", 1
+    while (kept := folder / f"metrics-{number}.csv").exists():
+        number += 1
+    if metrics.exists():
+        metrics.rename(kept)
+
+
 @rank_zero_only
 def _empty(folder: Path) -> None:
     """Delete a run; only what a run writes, so that a mistyped folder loses nothing else."""
     for name in ("checkpoints", "evaluation"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("config.yaml", "metrics.csv", "hparams.yaml", "rule.safetensors"):
-        (folder / name).unlink(missing_ok=True)
+    for path in (folder / "config.yaml", folder / "rule.safetensors", *folder.glob("metrics*.csv")):
+        path.unlink(missing_ok=True)
 
 
 def _fresh(parent: Path, name: str) -> Path:
@@ -138,12 +159,15 @@ def find_checkpoint(wish: str | None, folder: Path) -> str | None:
         return None
     path = folder / "checkpoints" / "last.ckpt" if wish == "last" else Path(wish)
     if not path.is_file():
-        raise ValueError(f"ckpt_path ({wish}): there is no checkpoint {path}; run folders keep theirs in checkpoints/")
+        raise ValueError(
+            f"ckpt_path ({wish}): there is no checkpoint {path}; run folders keep theirs in checkpoints/"
+        )
     return str(path)
 
 
 def run(arguments: list[str]) -> None:
     """Train as the command line says."""
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Experiment logs directory .* exists.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     Fit(arguments).train()

@@ -14,13 +14,15 @@ class Tune(Reader):
     """Tuning with a configuration."""
 
     description = (
-        "Tune the baselines on the tuning tasks of a configuration, for its horizon, and show what was chosen. "
-        "Results are kept, and evaluate uses them."
+        "Tune the baselines on the tuning tasks of a configuration, for its horizon, and show what was "
+        "chosen. Results are kept, and evaluate uses them."
     )
 
     def add_options(self, parser: LightningArgumentParser) -> None:
         """Add where the result goes."""
-        parser.add_argument("--out", type=str | None, default=None, help="folder for tuning.json; none if not given")
+        parser.add_argument(
+            "--out", type=str | None, default=None, help="folder for tuning.json; none if not given"
+        )
 
 
 def run(arguments: list[str]) -> None:

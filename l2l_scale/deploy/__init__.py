@@ -1,7 +1,15 @@
 """Use a learned rule in any training loop: needs torch and safetensors, nothing of the training floors."""
 
-from l2l_scale.deploy.description import build, describe
+from l2l_scale.deploy.description import build_rule, classes_of, describe_rule
 from l2l_scale.deploy.files import load_rule, read_header, save_rule
 from l2l_scale.deploy.torch_optim import LearnedOptimizer
 
-__all__ = ["LearnedOptimizer", "build", "describe", "load_rule", "read_header", "save_rule"]
+__all__ = [
+    "LearnedOptimizer",
+    "build_rule",
+    "classes_of",
+    "describe_rule",
+    "load_rule",
+    "read_header",
+    "save_rule",
+]

@@ -9,7 +9,7 @@ booleans, None and lists stand for themselves; {"class", "init_args"} is an obje
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from l2l_scale import optimizers
+from l2l_scale.optimizers.base import UpdateRule
 
 PACKAGE: dict[str, type] = {name: getattr(optimizers, name) for name in optimizers.__all__}
 """The classes that every description may use, by name."""
@@ -24,65 +25,98 @@ PACKAGE: dict[str, type] = {name: getattr(optimizers, name) for name in optimize
 _DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.int64, torch.bool)}
 
 
-def describe(value: object, classes: dict[str, type] | None = None) -> Any:
-    """Return a rule, or an argument of one, as JSON.
-
-    Args:
-        value: what to describe.
-        classes: by name, the package's if not given; those that the description needs are added to it.
+def describe_rule(rule: UpdateRule) -> dict[str, Any]:
+    """Return a rule as JSON, without its φ.
 
     Raises:
-        ValueError: if it cannot be described, or if two classes have one name.
+        ValueError: if it is not made of plain values and of objects that keep their ``__init__`` arguments,
+            or if two of its classes have one name.
     """
-    classes = dict(PACKAGE) if classes is None else classes
+    description: dict[str, Any] = _describe(rule, dict(PACKAGE))
+    return description
+
+
+def classes_of(rule: UpdateRule) -> list[type]:
+    """Return the classes that a rule is made of besides the package's own.
+
+    Raises:
+        ValueError: as :func:`describe_rule`.
+    """
+    classes = dict(PACKAGE)
+    _describe(rule, classes)
+    return [cls for name, cls in classes.items() if name not in PACKAGE]
+
+
+def build_rule(
+    description: Mapping[str, Any], tensors: Mapping[str, Tensor], classes: Sequence[type] = ()
+) -> UpdateRule:
+    """Build a rule on the CPU, with φ in the precision of ``tensors``; torch's random state stays as it was.
+
+    Args:
+        description: from :func:`describe_rule`.
+        tensors: its ``state_dict``.
+        classes: what it may name besides the package's own classes.
+
+    Raises:
+        ValueError: if a class is unknown or refuses its arguments, or if the tensors do not fit.
+    """
+    with torch.device("cpu"), _random_state_kept():
+        rule = _build(description, {**PACKAGE, **{cls.__name__: cls for cls in classes}})
+    if not isinstance(rule, UpdateRule):
+        raise ValueError(f"a rule must be a subclass of UpdateRule, not a {type(rule).__name__}")
+    own = rule.state_dict(keep_vars=True)
+    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    shapes = sorted(name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape)
+    if missing or unexpected or shapes:
+        raise ValueError(
+            f"the tensors do not fit the class {type(rule).__name__}: missing {missing}, "
+            f"unexpected {unexpected}, of other shapes {shapes}; the class must be the one that was saved"
+        )
+    for name, tensor in own.items():
+        tensor.data = tensors[name].detach().to("cpu", copy=True)
+    return rule
+
+
+def _describe(value: object, classes: dict[str, type]) -> Any:
+    """Return an object, or an argument of one, as JSON; add the classes that it needs to ``classes``."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, (list, nn.ModuleList)):
-        return [describe(entry, classes) for entry in value]
+        return [_describe(entry, classes) for entry in value]
     if type(value) is tuple:
-        return {"tuple": [describe(entry, classes) for entry in value]}
+        return {"tuple": [_describe(entry, classes) for entry in value]}
     if isinstance(value, (dict, nn.ModuleDict)):
-        return {"dict": {str(key): describe(entry, classes) for key, entry in value.items()}}
+        return {"dict": {str(key): _describe(entry, classes) for key, entry in value.items()}}
     if isinstance(value, Tensor):
         return _describe_tensor(value)
     cls = type(value)
     if classes.setdefault(cls.__name__, cls) is not cls:
         raise ValueError(f"{cls} and {classes[cls.__name__]} have one name; rename yours")
     args = _init_args(value)
-    return {"class": cls.__name__, "init_args": {key: describe(arg, classes) for key, arg in args.items()}}
+    return {"class": cls.__name__, "init_args": {key: _describe(arg, classes) for key, arg in args.items()}}
 
 
-def build(node: Any, classes: Mapping[str, type] | None = None) -> Any:
-    """Undo :func:`describe`: on the CPU, with a fresh φ, leaving torch's random state as it was.
-
-    Args:
-        node: the description.
-        classes: by name, all that it may use; the package's if not given.
-
-    Raises:
-        ValueError: if a class is unknown or refuses its arguments.
-    """
-    classes = PACKAGE if classes is None else classes
+def _build(node: Any, classes: Mapping[str, type]) -> Any:
+    """Undo :func:`_describe`, with a fresh φ; ``classes`` by name are all that it may use."""
     if isinstance(node, list):
-        return [build(entry, classes) for entry in node]
+        return [_build(entry, classes) for entry in node]
     if not isinstance(node, dict):
         return node
     if "tuple" in node:
-        return tuple(build(entry, classes) for entry in node["tuple"])
+        return tuple(_build(entry, classes) for entry in node["tuple"])
     if "dict" in node:
-        return {key: build(entry, classes) for key, entry in node["dict"].items()}
+        return {key: _build(entry, classes) for key, entry in node["dict"].items()}
     if "tensor" in node:
-        return torch.tensor(node["tensor"], dtype=_DTYPES[node["dtype"]], device="cpu")
+        return torch.tensor(node["tensor"], dtype=_DTYPES[node["dtype"]])
     name, init_args = node["class"], node["init_args"]
     if name not in classes:
         raise ValueError(
             f"the class {name!r} is not one of l2l_scale.optimizers; "
             f"if it is yours, pass it: load_rule(path, classes=[{name}])"
         )
-    args = {key: build(arg, classes) for key, arg in init_args.items()}
+    args = {key: _build(arg, classes) for key, arg in init_args.items()}
     try:
-        with torch.device("cpu"), _random_state_kept():
-            return classes[name](**args)
+        return classes[name](**args)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} cannot be built from its saved arguments: {error}") from error
 

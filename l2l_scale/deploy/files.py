@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from l2l_scale.deploy.description import PACKAGE, build, describe
+from l2l_scale.deploy.description import build_rule, classes_of, describe_rule
 from l2l_scale.optimizers.base import UpdateRule
 
 FORMAT = "l2l_scale.rule"
@@ -45,10 +45,9 @@ def save_rule(rule: UpdateRule, path: str | Path, metadata: Mapping[str, Any] | 
     Raises:
         ValueError: if the rule cannot be rebuilt from its ``__init__`` arguments, or the notes are no JSON.
     """
-    path, classes = Path(path), dict(PACKAGE)
+    description, classes = describe_rule(rule), classes_of(rule)
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in rule.state_dict().items()}
-    description = describe(rule, classes)
-    _put(tensors, build(description, classes))  # what cannot be read back must not be written
+    build_rule(description, tensors, classes)  # what cannot be read back must not be written
     header = {
         "format": FORMAT,
         "version": VERSION,
@@ -61,8 +60,8 @@ def save_rule(rule: UpdateRule, path: str | Path, metadata: Mapping[str, Any] | 
         text = json.dumps(header)
     except (TypeError, ValueError) as error:
         raise ValueError(f"metadata ({metadata}) must hold JSON values only: {error}") from error
-    _write_atomically(path, save(tensors, metadata={"header": text}))
-    return path
+    _write_atomically(Path(path), save(tensors, metadata={"header": text}))
+    return Path(path)
 
 
 def load_rule(path: str | Path, classes: Sequence[type] = ()) -> UpdateRule:
@@ -78,8 +77,7 @@ def load_rule(path: str | Path, classes: Sequence[type] = ()) -> UpdateRule:
     """
     header, tensors = _read(Path(path))
     try:
-        rule = build(header["rule"], {**PACKAGE, **{cls.__name__: cls for cls in classes}})
-        return _put(tensors, rule)
+        return build_rule(header["rule"], tensors, classes)
     except ValueError as error:
         raise ValueError(f"cannot load {path}: {error}") from error
 
@@ -101,7 +99,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             texts = file.metadata() or {}
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no Mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no Mapping
     except SafetensorError as error:
         raise ValueError(_why_unreadable(path, error)) from error
     header = _parse_header(path, texts.get("header", "null"))
@@ -135,23 +133,6 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     if is_zip or path.suffix == ".ckpt":
         return f"{path} is a training checkpoint, not a rule file; `l2l-scale export` makes one of it"
     return f"{path} is not a safetensors file, or is truncated ({error}); copy or export it again"
-
-
-def _put(tensors: Mapping[str, Tensor], rule: object) -> UpdateRule:
-    """Give a freshly built rule its φ, in the precision of ``tensors``, and return it."""
-    if not isinstance(rule, UpdateRule):
-        raise ValueError(f"a rule must be a subclass of UpdateRule, not a {type(rule).__name__}")
-    own = rule.state_dict(keep_vars=True)
-    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    shapes = sorted(name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape)
-    if missing or unexpected or shapes:
-        raise ValueError(
-            f"the tensors do not fit the class {type(rule).__name__}: missing {missing}, "
-            f"unexpected {unexpected}, of other shapes {shapes}; the class must be the one that was saved"
-        )
-    for name, tensor in own.items():
-        tensor.data = tensors[name]
-    return rule
 
 
 def _digest(description: object, tensors: Mapping[str, Tensor]) -> str:

@@ -2,11 +2,12 @@
 
 from l2l_scale.estimators.base import Estimate, GradientEstimator
 from l2l_scale.estimators.bptt import TruncatedBPTT
-from l2l_scale.estimators.objectives import LogLoss, MetaLoss, NormalizedLoss, SumLoss
+from l2l_scale.estimators.objectives import LastLoss, LogLoss, MetaLoss, NormalizedLoss, SumLoss
 
 __all__ = [
     "Estimate",
     "GradientEstimator",
+    "LastLoss",
     "LogLoss",
     "MetaLoss",
     "NormalizedLoss",

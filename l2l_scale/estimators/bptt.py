@@ -12,6 +12,9 @@ from l2l_scale.unroll import Carry, InnerGradient, WindowBatch, unroll
 class TruncatedBPTT(GradientEstimator):
     """Backpropagation through the window, cut at its start. Window = horizon is full BPTT.
 
+    Slots that diverge in the window contribute nothing. To keep their infinities out of the gradient the
+    window is then unrolled a second time, so wild early phases of a run are slower.
+
     Args:
         second_order: use the true gradient, through ∇f(θ_t) as well. The default, first order, is the
             paper's choice; it is cheaper and needs no second derivatives of the task.
@@ -19,6 +22,7 @@ class TruncatedBPTT(GradientEstimator):
     """
 
     def __init__(self, second_order: bool = False, meta_loss: MetaLoss | None = None) -> None:
+        self.second_order = second_order
         self.mode = InnerGradient.SECOND_ORDER if second_order else InnerGradient.FIRST_ORDER
         self.meta_loss = SumLoss() if meta_loss is None else meta_loss
 
@@ -31,7 +35,7 @@ class TruncatedBPTT(GradientEstimator):
             # So the window is run again with those slots held at their (finite) start.
             rollout = unroll(rule, family, carry, batch, self.mode, frozen=diverged)
             rollout = rollout._replace(carry=rollout.carry._replace(diverged=diverged))
-        values = self.meta_loss(rollout.losses, rollout.carry.start_loss, batch.inner_step)
+        values = self.meta_loss(rollout.losses, rollout.carry.start_loss, batch.inner_step, batch.horizon)
         alive = ~diverged
         total = values.masked_fill(diverged, 0.0).sum()
         return Estimate(total / alive.sum().clamp(min=1), rollout)

@@ -32,23 +32,53 @@ class MetaLoss(ABC):
     def transform(self, losses: Tensor, start_loss: Tensor) -> Tensor:
         """What each loss counts for, (K, S), given losses (K, S) and the trajectories' first losses (S,)."""
 
-    def __call__(self, losses: Tensor, start_loss: Tensor, inner_step: Tensor) -> Tensor:
+    def step_weights(self, horizon: int) -> tuple[float, ...] | None:
+        """One weight per inner step of the horizon; None where all are 1.
+
+        Raises:
+            ValueError: if weights were given for another horizon.
+        """
+        if self.weights is not None and len(self.weights) != horizon:
+            raise ValueError(
+                f"weights ({len(self.weights)} numbers) must have one number per inner step of the horizon "
+                f"({horizon})"
+            )
+        return self.weights
+
+    def __call__(self, losses: Tensor, start_loss: Tensor, inner_step: Tensor, horizon: int) -> Tensor:
         """The window's meta-loss per slot, (S,).
 
         Args:
             losses: f(θ_1) … f(θ_K), (K, S).
             start_loss: loss at the start of the trajectory, (S,).
             inner_step: (S,) where in its trajectory each slot stood before the window.
+            horizon: T.
         """
         values = self.transform(losses, start_loss)
-        if self.weights is None:
+        weights = self.step_weights(horizon)
+        if weights is None:
             return values.sum(0)
         steps = inner_step + torch.arange(len(losses), device=inner_step.device)[:, None]
-        return (values * values.new_tensor(self.weights)[steps]).sum(0)
+        return (values * values.new_tensor(weights)[steps]).sum(0)
 
 
 class SumLoss(MetaLoss):
-    """Σ_t w_t f(θ_t), Andrychowicz et al. 2016, equation 3. The last loss alone: weights 0 … 0, 1."""
+    """Σ_t w_t f(θ_t), Andrychowicz et al. 2016, equation 3."""
+
+    def transform(self, losses: Tensor, start_loss: Tensor) -> Tensor:
+        """The losses themselves."""
+        return losses
+
+
+class LastLoss(MetaLoss):
+    """f(θ_T) alone: what a user of the optimizer sees, but a signal in the last window only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def step_weights(self, horizon: int) -> tuple[float, ...]:
+        """Zero but for the last inner step."""
+        return (*[0.0] * (horizon - 1), 1.0)
 
     def transform(self, losses: Tensor, start_loss: Tensor) -> Tensor:
         """The losses themselves."""

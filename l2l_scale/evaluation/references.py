@@ -17,7 +17,7 @@ from scipy.optimize import minimize
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor
 
-from l2l_scale.checks import check_positive
+from l2l_scale.checks import check_count
 from l2l_scale.tasks.base import TaskFamily, Tensors
 from l2l_scale.tree import tree_map
 from l2l_scale.unroll import WindowBatch
@@ -75,7 +75,7 @@ def reference_curves(
     Raises:
         ValueError: if the family has minibatches, or E is below 1.
     """
-    check_positive("evaluations", evaluations)
+    check_count("evaluations", evaluations)
     if family.has_data:
         raise ValueError(
             f"{method.title} needs a deterministic loss, but {type(family).__name__} draws a minibatch for "

@@ -4,8 +4,16 @@ from l2l_scale.optimizers.adaptive import AdaGrad, Adam, AdamW, RMSprop
 from l2l_scale.optimizers.base import UpdateRule
 from l2l_scale.optimizers.classic import SGD, BarzilaiBorwein, HeavyBall, Nesterov
 from l2l_scale.optimizers.coordinatewise import CoordinatewiseLSTM
-from l2l_scale.optimizers.features import Concatenate, Identity, LogMagnitude, LogSign, LogSignClamp, RNNprop
-from l2l_scale.optimizers.heads import ScaledLinear, TanhExp
+from l2l_scale.optimizers.features import (
+    Concatenate,
+    Feature,
+    Identity,
+    LogMagnitude,
+    LogSign,
+    LogSignClamp,
+    RNNprop,
+)
+from l2l_scale.optimizers.heads import Head, ScaledLinear, TanhExp
 from l2l_scale.optimizers.schedules import CosineSchedule, ExponentialSchedule, RateSchedule, Scheduled
 
 __all__ = [
@@ -18,6 +26,8 @@ __all__ = [
     "CoordinatewiseLSTM",
     "CosineSchedule",
     "ExponentialSchedule",
+    "Feature",
+    "Head",
     "HeavyBall",
     "Identity",
     "LogMagnitude",

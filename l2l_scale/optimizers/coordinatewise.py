@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from l2l_scale.checks import check_positive
+from l2l_scale.checks import check_count, check_positive, check_range
 from l2l_scale.optimizers.base import UpdateRule
 from l2l_scale.optimizers.cells import StackedLSTM
 from l2l_scale.optimizers.features import Feature, Identity
@@ -39,9 +39,10 @@ class CoordinatewiseLSTM(UpdateRule):
         output_scale: float = 0.1,
     ) -> None:
         super().__init__()
-        check_positive("hidden_size", hidden_size)
-        check_positive("layers", layers)
+        check_count("hidden_size", hidden_size)
+        check_count("layers", layers)
         check_positive("output_scale", output_scale, zero=True)
+        check_range("forget_bias", forget_bias, -100, 100)
         self.hidden_size, self.layers = hidden_size, layers
         self.forget_bias, self.output_scale = forget_bias, output_scale
         self.features = Identity() if features is None else features

@@ -15,10 +15,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from l2l_scale.checks import check_fraction, check_positive
+from l2l_scale.checks import check_fraction, check_positive, check_range
 from l2l_scale.tree import Tree
 
 _TINY = 1e-30  # keeps logarithms and square roots, and their derivatives, finite in float32
+_MAX_EXPONENT = 80.0  # e^p must be finite in float32
 
 
 class Feature(nn.Module, ABC):
@@ -61,7 +62,7 @@ class LogSign(Feature):
 
     def __init__(self, p: float = 10.0) -> None:
         super().__init__()
-        check_positive("p", p)
+        check_range("p", p, 1e-3, _MAX_EXPONENT)
         self.p = p
 
     def forward(self, grad: Tensor, state: Tree) -> tuple[Tensor, Tree]:
@@ -84,7 +85,7 @@ class LogSignClamp(Feature):
 
     def __init__(self, k: float = 5.0) -> None:
         super().__init__()
-        check_positive("k", k)
+        check_range("k", k, 1e-3, _MAX_EXPONENT)
         self.k = k
 
     def forward(self, grad: Tensor, state: Tree) -> tuple[Tensor, Tree]:
@@ -114,8 +115,8 @@ class LogMagnitude(Feature):
 class RNNprop(Feature):
     """The inputs of RNNprop (Lv, Jiang, Li 2017, section 4): m̂/√v̂ and ∇/√v̂.
 
-    m and v are moving averages of ∇ and ∇², with Adam's bias correction; the inputs do not change when
-    the loss is multiplied by a constant. With ``log_scale`` the size is a third feature, log √v̂ / 10.
+    m and v are moving averages of ∇ and ∇², with Adam's bias correction; but for ε, these two inputs do not
+    change when the loss is multiplied by a constant. With ``log_scale`` the size itself is a third feature.
 
     Args:
         beta1: decay of m.

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from l2l_scale.checks import check_fraction, check_positive
+from l2l_scale.checks import check_count, check_fraction
 from l2l_scale.optimizers.base import UpdateRule
 from l2l_scale.optimizers.hyper import hyper, per_problem
 from l2l_scale.tree import Tree
@@ -37,7 +37,7 @@ class CosineSchedule(RateSchedule):
 
     def __init__(self, inner_steps: int, final_fraction: float | Tensor = 0.0) -> None:
         super().__init__()
-        check_positive("inner_steps", inner_steps)
+        check_count("inner_steps", inner_steps)
         self.inner_steps = inner_steps
         self.final_fraction = hyper("final_fraction", final_fraction, check_fraction)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch.utils.data import Dataset
 
-from l2l_scale.checks import check_positive
+from l2l_scale.checks import check_count
 from l2l_scale.sampling.sampler import WindowSampler
 from l2l_scale.unroll import WindowBatch
 
@@ -24,8 +24,8 @@ class WindowLoader:
     """
 
     def __init__(self, sampler: WindowSampler, slots: range, windows_per_epoch: int) -> None:
-        check_positive("windows_per_epoch", windows_per_epoch)
-        check_positive("slots", len(slots))
+        check_count("windows_per_epoch", windows_per_epoch)
+        check_count("slots", len(slots))
         self.sampler, self.slots, self.windows_per_epoch = sampler, slots, windows_per_epoch
         self.next_index = 0
 
@@ -65,4 +65,6 @@ class WindowDataset(Dataset[WindowBatch]):
 
     def __getitem__(self, index: int) -> WindowBatch:
         """Window ``index``."""
+        if not 0 <= index < self.windows:
+            raise IndexError(index)
         return self.sampler(index, self.slots).to_batch()

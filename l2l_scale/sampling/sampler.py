@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +25,8 @@ class Window(NamedTuple):
     task: Arrays
     theta0: np.ndarray
     data: Arrays
-    inner_steps: int
+    window_length: int
+    horizon: int
 
     def to_batch(self, dtype: torch.dtype = torch.float32) -> WindowBatch:
         """As tensors; floats in ``dtype``, integers and booleans as they are. Copies."""
@@ -47,12 +47,8 @@ class Problem(NamedTuple):
     theta0: np.ndarray
 
 
-@lru_cache(maxsize=256)  # start points are as large as the optimizee: do not keep many
 def draw_problem(family: TaskFamily, seed: int, split: Split, slot: int, generation: int) -> Problem:
-    """Draw the task that a slot works on in a generation.
-
-    Pure, so remembering it for the windows of its trajectory changes nothing but the time.
-    """
+    """Draw the task that a slot works on in a generation."""
     task = family.sample_task(stream(seed, split, Channel.TASK, slot, generation))
     theta0 = family.sample_init(stream(seed, split, Channel.INIT, slot, generation), task)
     assert theta0.shape == (family.spec.size,), (theta0.shape, family.spec.size)
@@ -74,14 +70,13 @@ class WindowSampler:
     schedule: Schedule
     seed: int
     split: Split
+    _last: dict[int, tuple[int, Problem]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Each slot's generation and problem. Drawing is pure, so this memory changes nothing but the time."""
 
     def __call__(self, index: int, slots: range) -> Window:
         """Draw window ``index`` of these (global) slots."""
         phases = [self.schedule.phase(index, slot) for slot in slots]
-        problems = [
-            draw_problem(self.family, self.seed, self.split, slot, phase.generation)
-            for slot, phase in zip(slots, phases, strict=True)
-        ]
+        problems = [self._problem(slot, phase.generation) for slot, phase in zip(slots, phases, strict=True)]
         return Window(
             window_index=index,
             inner_step=np.array([phase.window * self.schedule.window for phase in phases]),
@@ -89,8 +84,17 @@ class WindowSampler:
             task=_stack([problem.task for problem in problems]),
             theta0=_stack([problem.theta0 for problem in problems]),
             data=self._data(slots, phases, problems),
-            inner_steps=self.schedule.window,
+            window_length=self.schedule.window,
+            horizon=self.schedule.horizon,
         )
+
+    def _problem(self, slot: int, generation: int) -> Problem:
+        """The problem of a slot, drawn once for all windows of its trajectory."""
+        known, problem = self._last.get(slot, (None, None))
+        if known != generation or problem is None:
+            problem = draw_problem(self.family, self.seed, self.split, slot, generation)
+            self._last[slot] = generation, problem
+        return problem
 
     def _data(self, slots: range, phases: Sequence[Phase], problems: Sequence[Problem]) -> Arrays:
         """Minibatches (K + 1, S, ...): one per inner step, and one for the loss after the last."""

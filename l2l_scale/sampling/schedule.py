@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from l2l_scale.checks import check_positive
+from l2l_scale.checks import check_count
 
 
 class Phase(NamedTuple):
@@ -39,8 +39,8 @@ class Schedule:
     staggered: bool = True
 
     def __post_init__(self) -> None:
-        check_positive("horizon", self.horizon)
-        check_positive("window", self.window)
+        check_count("horizon", self.horizon)
+        check_count("window", self.window)
         if self.horizon % self.window:
             fits = [w for w in range(1, self.horizon + 1) if self.horizon % w == 0]
             near = min(fits, key=lambda w: abs(w - self.window))

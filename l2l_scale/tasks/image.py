@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from l2l_scale.checks import check_positive
+from l2l_scale.checks import check_count, check_positive
 from l2l_scale.flat import FlatSpec, Segment
 from l2l_scale.rng import Split
 from l2l_scale.tasks.base import Arrays, TaskFamily, Tensors
@@ -88,8 +88,8 @@ class ImageClassifier(TaskFamily):
     def __post_init__(self) -> None:
         object.__setattr__(self, "hidden", tuple(self.hidden))  # a list would not be hashable
         for layer, units in enumerate(self.hidden):
-            check_positive(f"hidden[{layer}]", units)
-        check_positive("batch_size", self.batch_size)
+            check_count(f"hidden[{layer}]", units)
+        check_count("batch_size", self.batch_size)
         check_positive("theta0_scale", self.theta0_scale, zero=True)
         if self.activation not in _ACTIVATIONS:
             raise ValueError(f"activation ({self.activation!r}) must be one of {', '.join(_ACTIVATIONS)}")

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from l2l_scale.checks import check_positive
+from l2l_scale.checks import check_count, check_positive
 from l2l_scale.flat import FlatSpec
 from l2l_scale.tasks.base import Arrays, TaskFamily, Tensors
 
@@ -37,7 +37,7 @@ class Quadratic(TaskFamily):
     theta0_scale: float = 0.01
 
     def __post_init__(self) -> None:
-        check_positive("dimension", self.dimension)
+        check_count("dimension", self.dimension)
         check_positive("w_scale", self.w_scale)
         check_positive("y_scale", self.y_scale, zero=True)
         check_positive("theta0_scale", self.theta0_scale, zero=True)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from l2l_scale.checks import check_positive
+from l2l_scale.checks import check_count, check_positive
 from l2l_scale.flat import FlatSpec
 from l2l_scale.tasks.base import Arrays, TaskFamily, Tensors
 
@@ -107,7 +107,7 @@ class TestFunction(TaskFamily):
             raise ValueError(
                 f"function ({self.function!r}) must be one of {', '.join(get_args(FunctionName))}"
             )
-        check_positive("dimension", self.dimension)
+        check_count("dimension", self.dimension)
         if self.function in _TWO_DIMENSIONAL and self.dimension != 2:
             raise ValueError(f"dimension ({self.dimension}) must be 2: {self.function} has no other")
         if self.function == "rosenbrock" and self.dimension < 2:

@@ -24,8 +24,6 @@ def save(checkpoint: dict[str, Any], module: MetaTraining) -> None:
     checkpoint[KEY] = {
         "rule": describe_rule(module.rule),
         "family": repr(module.family),
-        "horizon": module.trainer.datamodule.schedule.horizon,
-        "seed": module.trainer.datamodule.seed,
         "next_window": module.next_window,
         "windows_astray": module.windows_astray,
         "carry": None if module.carry is None else tree_leaves(_gather(module, module.carry)),
@@ -39,7 +37,9 @@ def load(checkpoint: dict[str, Any], module: MetaTraining) -> None:
         ValueError: if the checkpoint is not ours, or is one of another rule.
     """
     if KEY not in checkpoint:
-        raise ValueError("this checkpoint was not written by l2l_scale; give one of a run folder's checkpoints/")
+        raise ValueError(
+            "this checkpoint was not written by l2l_scale; give one of a run folder's checkpoints/"
+        )
     saved = checkpoint[KEY]
     difference = first_difference(saved["rule"], describe_rule(module.rule))
     if difference:

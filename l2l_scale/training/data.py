@@ -7,7 +7,7 @@ from dataclasses import replace
 import lightning as L
 from torch.utils.data import DataLoader
 
-from l2l_scale.checks import check_positive
+from l2l_scale.checks import check_count
 from l2l_scale.rng import Split
 from l2l_scale.sampling import Schedule, WindowDataset, WindowLoader, WindowSampler
 from l2l_scale.tasks import TaskFamily
@@ -43,9 +43,9 @@ class WindowData(L.LightningDataModule):
         valid_tasks: int = 512,
     ) -> None:
         super().__init__()
-        check_positive("slots", slots)
-        check_positive("windows_per_epoch", windows_per_epoch)
-        check_positive("valid_tasks", valid_tasks)
+        check_count("slots", slots)
+        check_count("windows_per_epoch", windows_per_epoch)
+        check_count("valid_tasks", valid_tasks)
         self.family = family
         self.schedule = Schedule(horizon=horizon, window=window, staggered=staggered)
         self.slots, self.seed = slots, seed

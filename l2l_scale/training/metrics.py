@@ -18,7 +18,7 @@ class TrajectoryMetrics(Callback):
     - ``train/loss``: mean loss over the window and the slots that did not diverge;
     - ``train/loss_at/T``: the loss at the end of the windows that end at inner step T. Slots are at
       different points of their trajectories, so only losses of one phase are comparable over time;
-    - ``train/update_norm``: root mean square of the last updates;
+    - ``train/update_rms``: root mean square of the last updates;
     - ``train/diverged``: share of slots that diverged in the window.
     """
 
@@ -39,9 +39,9 @@ def trajectory_metrics(window: StepOutput) -> dict[str, float]:
     alive = ~window.diverged
     metrics = {
         "train/loss": float(window.losses[:, alive].mean()),
-        "train/update_norm": float(window.update_norm[alive].mean()),
+        "train/update_rms": float(window.update_rms[alive].mean()),
     }
-    for start in window.inner_step.unique().tolist():
+    for start in sorted(set(window.inner_step.tolist())):
         here = alive & (window.inner_step == start)
         metrics[f"train/loss_at/{start + len(window.losses)}"] = float(window.losses[-1, here].mean())
     return metrics

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
-from l2l_scale.checks import check_positive
+from l2l_scale.checks import check_count, check_positive, check_range
 from l2l_scale.estimators import GradientEstimator, TruncatedBPTT
 from l2l_scale.optimizers import UpdateRule
 from l2l_scale.rng import Split
@@ -29,7 +29,7 @@ class StepOutput(NamedTuple):
     """(S,) where in its trajectory each slot stood before the window."""
     diverged: Tensor
     """(S,) whether the slot went astray."""
-    update_norm: Tensor
+    update_rms: Tensor
     """(S,) root mean square of the last update."""
 
 
@@ -43,7 +43,8 @@ class MetaTraining(L.LightningModule):
         learning_rate: of Adam on φ.
         final_fraction: share of the learning rate that is left at the last meta-step; it falls along a
             cosine. 1 keeps it constant.
-        divergence_patience: stop with an error after so many windows in a row in which every slot diverged.
+        divergence_patience: stop with an error after so many windows in a row in which every slot diverged or
+            the meta-loss was not finite.
 
     Raises:
         ValueError: if a number is out of range.
@@ -60,9 +61,8 @@ class MetaTraining(L.LightningModule):
     ) -> None:
         super().__init__()
         check_positive("learning_rate", learning_rate)
-        check_positive("divergence_patience", divergence_patience)
-        if not 0 <= final_fraction <= 1:
-            raise ValueError(f"final_fraction ({final_fraction}) must be in [0, 1]")
+        check_count("divergence_patience", divergence_patience)
+        check_range("final_fraction", final_fraction, 0, 1)
         self.rule = rule
         self.family = family
         self.valid_family = family.for_split(Split.VALID)
@@ -87,17 +87,19 @@ class MetaTraining(L.LightningModule):
         estimate = self.estimator(self.rule, self.family, begin(self.rule, batch, self.carry), batch)
         rollout: Rollout = tree_detach(estimate.rollout)
         self.carry, self.next_window = rollout.carry, batch.window_index + 1
-        self._stop_if_all_diverged(rollout.carry.diverged)
-        output = StepOutput(rollout.losses, batch.inner_step, rollout.carry.diverged, rollout.update_norm)
+        lost = rollout.carry.diverged.all() | ~estimate.surrogate.detach().isfinite()
+        self._stop_if_lost(bool(lost))
+        output = StepOutput(rollout.losses, batch.inner_step, rollout.carry.diverged, rollout.update_rms)
         return {"loss": estimate.surrogate, "window": output}
 
-    def _stop_if_all_diverged(self, diverged: Tensor) -> None:
-        self.windows_astray = self.windows_astray + 1 if bool(diverged.all()) else 0
+    def _stop_if_lost(self, lost: bool) -> None:
+        self.windows_astray = self.windows_astray + 1 if lost else 0
         if self.windows_astray >= self.divergence_patience:
             raise DivergedError(
-                f"every task diverged in each of the last {self.windows_astray} windows, so nothing can be "
-                "learned. Make the first updates smaller (rule: output_scale or the head's scale), the window "
-                "shorter (data.window), or the meta-learning rate lower (model.learning_rate)"
+                f"every task diverged, or the meta-loss was not finite, in each of the last "
+                f"{self.windows_astray} windows, so nothing can be learned. Make the first updates smaller "
+                "(rule: output_scale or the head's scale), the window shorter (data.window) or the "
+                "meta-learning rate lower (model.learning_rate); LogLoss needs losses that are not negative"
             )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -114,8 +116,9 @@ class MetaTraining(L.LightningModule):
 
     @property
     def is_logging_step(self) -> bool:
-        """Whether this meta-step is one of those that are logged; logging every one costs more than W1's K."""
-        return (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined, no-any-return]
+        """Whether this meta-step is one of those that are logged."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return (self.global_step + 1) % every == 0
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Adam on φ, its learning rate falling along a cosine over the run."""

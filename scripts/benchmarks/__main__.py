@@ -44,7 +44,7 @@ def arguments() -> argparse.Namespace:
     add("--repetitions", type=int, default=7, help="of every method, in turn (default: 7)")
     add("--min_seconds", type=float, default=1.0, help="shortest repetition (default: 1)")
     add("--threads", type=int, default=1, help="of torch and JAX (default: 1)")
-    add("--out", type=Path, help="write the results to this JSON file")
+    add("--out", type=Path, help="write the results to this JSON file; paths are relative to the repository")
     add("--jax", type=Path, help="a script that prints JSON lines with key coordinate_steps_per_s")
     add("--jax_python", default=sys.executable, help="the Python that has JAX (default: this one)")
     return parser.parse_args()

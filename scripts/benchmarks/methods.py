@@ -51,7 +51,7 @@ def eager(workload: Workload, peer: EagerLSTM) -> MetaStep:
 
     def step() -> float:
         adam.zero_grad()
-        total = meta_loss(peer, workload.loss, batch.theta0, batch.task, batch.data, batch.inner_steps)
+        total = meta_loss(peer, workload.loss, batch.theta0, batch.task, batch.data, batch.window_length)
         total.backward()
         adam.step()
         return total.item()

@@ -1,6 +1,6 @@
 """Workloads. W1: 128 quadratics of 10 coordinates. W2: one MNIST MLP 784-20-10 (15,910 coordinates),
-minibatches of 128 images. W3: 16 such MLPs at once (about 10 s per meta-step, 7 GB). All: windows of 20 inner
-steps.
+minibatches of 128 images. W3: 16 such MLPs at once (half a minute per meta-step, 8 GB). All: windows of 20
+inner steps.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Workload(NamedTuple):
     @property
     def coordinate_steps(self) -> int:
         """Coordinates × tasks × inner steps of the window."""
-        return self.batch.theta0.numel() * self.batch.inner_steps
+        return self.batch.theta0.numel() * self.batch.window_length
 
 
 def make(name: str) -> Workload:

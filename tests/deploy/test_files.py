@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from l2l_scale.deploy import build, describe, load_rule, read_header, save_rule
+from l2l_scale.deploy import build_rule, classes_of, describe_rule, load_rule, read_header, save_rule
 from l2l_scale.optimizers import (
     Adam,
     Concatenate,
@@ -93,7 +93,7 @@ def test_round_trip_is_exact_and_keeps_the_precision(tmp_path, dtype):
     rule = nested_rule().to(dtype)
     loaded = load_rule(save_rule(rule, tmp_path / "new" / "folder" / "rule.safetensors"))
     assert same(rule, loaded)
-    assert describe(loaded) == describe(rule)
+    assert describe_rule(loaded) == describe_rule(rule)
     assert next(loaded.parameters()).dtype == dtype
 
 
@@ -149,8 +149,24 @@ def test_header_says_what_the_rule_is(saved):
 
 
 def test_description_is_json_and_builds_an_equal_rule():
-    description = describe(nested_rule())
-    assert describe(build(json.loads(json.dumps(description)))) == description
+    rule = nested_rule()
+    description = json.loads(json.dumps(describe_rule(rule)))
+    built = build_rule(description, rule.state_dict())
+    assert describe_rule(built) == description
+    assert same(rule, built)
+
+
+def test_built_rule_does_not_share_memory_with_its_source():
+    rule = nested_rule()
+    built = build_rule(describe_rule(rule), rule.state_dict())
+    with torch.no_grad():
+        rule.output.weight.add_(1)
+    assert not torch.equal(rule.output.weight, built.output.weight)
+
+
+def test_classes_of_a_rule_are_the_users_only():
+    assert set(classes_of(user_rule())) == {UserRule, Gain}
+    assert classes_of(nested_rule()) == []
 
 
 def test_write_replaces_the_file_and_leaves_nothing_beside(tmp_path, saved):
@@ -279,7 +295,7 @@ def test_rule_that_cannot_be_built_again_is_not_written(tmp_path):
 def test_class_with_the_name_of_a_package_class_is_refused():
     impostor = type("Adam", (UserRule,), {})
     with pytest.raises(ValueError, match="have one name"):
-        describe(impostor((0.1,), {}, torch.zeros(1), Gain()))
+        describe_rule(impostor((0.1,), {}, torch.zeros(1), Gain()))
 
 
 def test_metadata_must_be_json(tmp_path):

@@ -127,7 +127,7 @@ def textbook_gradient(
         theta, state = start.theta[slot : slot + 1], _slot_state(start.state, slot)
         task = {name: leaf[slot] for name, leaf in batch.task.items()}
         losses = []
-        for k in range(batch.inner_steps + 1):
+        for k in range(batch.window_length + 1):
             data = {name: leaf[k, slot] for name, leaf in batch.data.items()}
             theta = theta if theta.requires_grad else theta.clone().requires_grad_()
             loss = family.loss(family.spec.unflatten(theta[0]), task, data)
@@ -137,7 +137,10 @@ def textbook_gradient(
             theta = theta + update
         begun = losses[0].detach() if start.start_loss[slot].isnan() else start.start_loss[slot]
         step = batch.inner_step[slot : slot + 1]
-        total = total + meta_loss(torch.stack(losses[1:])[:, None], begun[None], step).sum() / slots
+        total = (
+            total
+            + meta_loss(torch.stack(losses[1:])[:, None], begun[None], step, batch.horizon).sum() / slots
+        )
     return total.detach(), phi_gradient(rule, total)
 
 

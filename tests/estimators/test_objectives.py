@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from l2l_scale.estimators import LogLoss, MetaLoss, NormalizedLoss, SumLoss
+from l2l_scale.estimators import LastLoss, LogLoss, MetaLoss, NormalizedLoss, SumLoss
 
 RNG = np.random.default_rng(0)
 LOSSES = RNG.random((3, 4)) + 0.1
@@ -16,7 +16,7 @@ WEIGHTS = [0.0, 1.0, 2.0, 0.5, 0.25, 0.0, 3.0, 4.0, 0.0]
 
 
 def value(meta_loss: MetaLoss, losses: np.ndarray = LOSSES) -> np.ndarray:
-    return meta_loss(torch.tensor(losses), torch.tensor(START), torch.tensor(INNER_STEP)).numpy()
+    return meta_loss(torch.tensor(losses), torch.tensor(START), torch.tensor(INNER_STEP), 9).numpy()
 
 
 TRANSFORMED = [
@@ -44,8 +44,14 @@ def test_weights_belong_to_the_inner_step_at_which_a_slot_stands(
 
 
 def test_the_last_loss_alone_counts_only_in_the_last_window() -> None:
-    last = value(SumLoss([0.0] * 8 + [1.0]))
-    np.testing.assert_array_equal(last, [0.0, 0.0, LOSSES[2, 2], 0.0])
+    for last in (SumLoss([0.0] * 8 + [1.0]), LastLoss()):
+        np.testing.assert_array_equal(value(last), [0.0, 0.0, LOSSES[2, 2], 0.0])
+
+
+@pytest.mark.parametrize("number", [8, 10])
+def test_weights_of_another_horizon_are_refused(number: int) -> None:
+    with pytest.raises(ValueError, match=rf"weights \({number} numbers\) must have one number per .*\(9\)"):
+        value(SumLoss([1.0] * number))
 
 
 def test_unit_weights_are_the_default() -> None:
@@ -54,8 +60,8 @@ def test_unit_weights_are_the_default() -> None:
 
 def test_values_of_windows_add_up_to_the_trajectory() -> None:
     meta_loss, losses, start = SumLoss(WEIGHTS), torch.tensor(RNG.random((9, 1))), torch.ones(1)
-    whole = meta_loss(losses, start, torch.tensor([0]))
-    parts = [meta_loss(losses[k : k + 3], start, torch.tensor([k])) for k in (0, 3, 6)]
+    whole = meta_loss(losses, start, torch.tensor([0]), 9)
+    parts = [meta_loss(losses[k : k + 3], start, torch.tensor([k]), 9) for k in (0, 3, 6)]
     assert abs(float(sum(parts) - whole)) <= 1e-14
 
 

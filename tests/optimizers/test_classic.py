@@ -243,10 +243,10 @@ def test_arguments_are_kept_as_attributes_and_build_the_rule_again(rule):
 
 
 def test_a_tensor_is_copied_and_follows_its_rule():
-    rates = torch.tensor([0.1, 0.2])
+    rates = torch.tensor([0.1, 0.2], dtype=torch.float64)
     rule = SGD(rates)
     rates.zero_()
-    assert torch.equal(rule.learning_rate, torch.tensor([0.1, 0.2]).double())
+    assert rule.learning_rate.tolist() == [0.1, 0.2]
     assert rule.to("meta").learning_rate.is_meta
 
 
@@ -297,17 +297,23 @@ def test_bb2_solves_one_dimension_in_two_inner_steps():
 
 
 def test_bb2_falls_back_to_the_learning_rate_problem_by_problem():
-    rates = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    rates = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
     rule, rates = BarzilaiBorwein(rates), rates.unsqueeze(-1)
-    theta = torch.zeros(4, 2, dtype=torch.float64)
-    grad = torch.ones(4, 2, dtype=torch.float64)
+    theta, grad = torch.zeros(3, 2, dtype=torch.float64), torch.ones(3, 2, dtype=torch.float64)
     update, state = rule(grad, theta, rule.init_state(theta))
     assert torch.equal(update, -rates * grad)
-    # no change of the gradient; negative curvature; a change too small to be squared; fine
-    turn = torch.tensor([[0.0, 0.0], [1.0, 1.0], [-1e-300, 0.0], [-0.5, -0.5]], dtype=torch.float64)
+    # the gradient has not changed; negative curvature; fine
+    turn = torch.tensor([[0.0, 0.0], [1.0, 1.0], [-0.5, -0.5]], dtype=torch.float64)
     update, _ = rule(grad + turn, theta + update, state)
-    rates[3] = 0.4 * 2 * 0.5 / (2 * 0.25)
+    rates[2] = (2 * 0.3 * 0.5) / (2 * 0.5**2)
     assert largest_difference(update, -rates * (grad + turn)) <= 1e-15
+
+
+def test_bb2_falls_back_where_a_change_is_too_small_to_be_squared():
+    rule, theta = BarzilaiBorwein(0.1), torch.zeros(1, 2, dtype=torch.float64)
+    tiny = torch.full_like(theta, 1e-200)
+    update, _ = rule(tiny, theta + 1, rule.init_state(theta))
+    assert torch.equal(update, -0.1 * tiny)
 
 
 def test_bb2_stays_finite_at_the_minimum():

@@ -73,8 +73,8 @@ def test_state_is_ahead_by_exactly_the_batches_that_were_handed_out() -> None:
 @pytest.mark.parametrize(
     ("slots", "windows_per_epoch", "message"),
     [
-        (range(0), 5, r"slots \(0\) must be a finite number > 0"),
-        (SLOTS, 0, r"windows_per_epoch \(0\) must be a finite number > 0"),
+        (range(0), 5, r"slots \(0\) must be a whole number >= 1"),
+        (SLOTS, 0, r"windows_per_epoch \(0\) must be a whole number >= 1"),
         (SLOTS, -3, r"windows_per_epoch \(-3\)"),
     ],
 )

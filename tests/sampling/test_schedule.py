@@ -61,9 +61,9 @@ def test_a_window_that_does_not_divide_the_horizon_is_refused(horizon: int, wind
 @pytest.mark.parametrize(
     ("horizon", "window", "message"),
     [
-        (0, 1, r"horizon \(0\) must be a finite number > 0"),
+        (0, 1, r"horizon \(0\) must be a whole number >= 1"),
         (-20, 20, r"horizon \(-20\)"),
-        (20, 0, r"window \(0\) must be a finite number > 0"),
+        (20, 0, r"window \(0\) must be a whole number >= 1"),
         (20, -5, r"window \(-5\)"),
         (math.nan, 5, r"horizon \(nan\)"),
     ],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,16 @@ from l2l_scale.tasks import Arrays, TaskFamily, Tensors
 from l2l_scale.unroll import WindowBatch
 
 torch.set_num_threads(1)  # the tensors of tests are tiny: more threads only wait for each other
+
+
+SHARED = Path(os.environ.get("L2L_SCALE_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+def shared_data(name: str) -> str:
+    """The folder of a real data set; the test is skipped where it is missing."""
+    if not (SHARED / name).is_dir():
+        pytest.skip(f"no {name} at {SHARED}; set L2L_SCALE_DATA to the folder that holds it")
+    return str(SHARED / name)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from conftest import shared_data
 
 from l2l_scale.cli.experiment import Reader
 from l2l_scale.cli.fit import Fit
@@ -27,12 +28,6 @@ class Show(Reader):
         pass
 
 
-def needs(config: Path, request) -> None:
-    """Skip configs of data sets that are not on this machine."""
-    if "mnist" in config.name:
-        request.getfixturevalue("mnist")
-
-
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_config_builds_what_it_says(config):
     show = Show(["-c", str(config)])
@@ -41,8 +36,9 @@ def test_config_builds_what_it_says(config):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_config_trains(config, request, tmp_path, monkeypatch):
-    needs(config, request)
+def test_config_trains(config, tmp_path, monkeypatch):
+    if "mnist" in config.name:
+        monkeypatch.setenv("L2L_SCALE_DATA", str(Path(shared_data("mnist")).parent))
     monkeypatch.delenv("L2L_SCALE_RUN_DIR", raising=False)
     fit = Fit(["-c", str(config), "--run_dir", str(tmp_path), *TINY])
     fit.train()

@@ -7,6 +7,7 @@ A YAML file holds choices, the constructors of the classes hold the defaults, an
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from abc import abstractmethod
 from argparse import ArgumentError
@@ -20,8 +21,11 @@ from l2l_scale.cli.errors import suggestion
 from l2l_scale.evaluation import Evaluation
 from l2l_scale.training import MetaTraining, WindowData
 
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of Lightning's calls, not of ours
+
 TRAINER_DEFAULTS = {
     "max_epochs": -1,
+    "max_steps": 1000,
     "devices": 1,
     "log_every_n_steps": 20,
     "num_sanity_val_steps": 0,
@@ -101,7 +105,7 @@ class Reader(Experiment):
 
     def instantiate_classes(self) -> None:
         """Build family and settings."""
-        self.config_init = self.parser.instantiate_classes(self.config)
+        self.config_init = self.parser.instantiate(self.config)
         self.family = self.config_init.data.family
         self.horizon = self.config_init.data.schedule.horizon
         self.evaluation: Evaluation = self.config_init.evaluation

@@ -52,7 +52,7 @@ class Fit(Experiment):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Lightning's trainer with our logger (unless another is configured) and callbacks."""
-        own: list[Callback] = [TrajectoryMetrics()]
+        own: list[Callback] = [TrajectoryMetrics(), RunFolder(self)]
         if self.config.trainer.enable_progress_bar in (None, True):
             own.append(MetaStepBar())
         self.trainer_defaults["callbacks"] = own
@@ -62,19 +62,13 @@ class Fit(Experiment):
 
     def train(self) -> None:
         """Train, then export the best rule and say what comes next."""
-        trainer = self.trainer
-        if trainer.is_global_zero:
-            self.save_config()
-            keep_metrics(self.folder)
-            print(self.headline(), flush=True)
-        started = time.perf_counter()
+        trainer, started = self.trainer, time.perf_counter()
         trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.ckpt_path)
         if trainer.is_global_zero:
             self.finish(time.perf_counter() - started)
 
     def save_config(self) -> None:
         """Write the configuration, all defaults included, so that every command takes it again."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         config = self.config.clone()
         for option in ("config", "overwrite", "ckpt_path"):
             config.pop(option, None)
@@ -101,6 +95,20 @@ class Fit(Experiment):
         rule = export_rule(best, self.folder / "rule.safetensors", own=self.model.rule)
         print(f"best rule by {self.config.checkpoint.monitor}: {rule}")
         print(f"next: l2l-scale evaluate -c {self.folder / 'config.yaml'}")
+
+
+class RunFolder(Callback):
+    """Writes what a run starts with, once everything has been checked and is about to start."""
+
+    def __init__(self, fit: Fit) -> None:
+        self.fit = fit
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the configuration and say what is about to run."""
+        self.fit.save_config()
+        keep_metrics(self.fit.folder)
+        print(self.fit.headline(), flush=True)
 
 
 def choose_folder(wish: str | None, name: str, resumes: bool, overwrite: bool) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -55,5 +54,4 @@ def run(command: str, arguments: list[str]) -> None:
     """
     if command not in COMMANDS:
         raise ValueError(f"there is no such command; choose one of {', '.join(COMMANDS)}")
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of Lightning's calls, not of ours
     import_module(f"l2l_scale.cli.{command}").run(arguments)

@@ -27,7 +27,7 @@ REFERENCES = {"L-BFGS": ReferenceMethod.LBFGS, "CG": ReferenceMethod.CONJUGATE_G
 """Names of the references."""
 
 _JOBS_PER_TEST = 16
-_LEARNED_COST, _REFERENCE_COST = 8.0, 100.0  # of an inner step, in units of a hand-designed rule's
+_LEARNED_COST, _REFERENCE_COST = 16.0, 30.0  # of an inner step, in units of a hand-designed rule's
 
 
 class Trial(NamedTuple):

@@ -48,7 +48,7 @@ def fails(arguments, capsys, code=2) -> str:
         (["fit", *BASE, "--data.horizon=101"], "horizon (101) must be a multiple of window (20)"),
         (["fit", *BASE, "--data.family.dimensoin=3"], "did you mean 'dimension'?"),
         (["fit", *BASE, "--data.family.dimension=-1"], "dimension (-1) must be a whole number >= 1"),
-        (["fit", *BASE, "--model.learning_rate=nan"], "learning_rate (nan) must be a finite number > 0"),
+        (["fit", *BASE, "--model.learning_rate=.nan"], "learning_rate (nan) must be a finite number > 0"),
         (["fit", "--model.rule=CoordinatewiseLSTN", "--data.family=Quadratic"], "'CoordinatewiseLSTM'"),
         (["fit", "--data.family=Quadratic"], "model.rule"),
         (["fit", "-c", "no.yaml"], "File does not exist"),
@@ -64,7 +64,7 @@ def fails(arguments, capsys, code=2) -> str:
 def test_mistake_is_answered_by_one_clear_message(arguments, says, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert says in fails(arguments, capsys)
-    assert list(tmp_path.iterdir()) == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_unknown_key_in_a_file_names_the_nearest_one(tmp_path, capsys):

@@ -10,19 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import shared_data
 from sklearn.datasets import load_digits
 
 from l2l_scale.rng import Split
 from l2l_scale.tasks import hub
 from l2l_scale.tasks.datasets import describe_images, load_images, split_rows
-
-SHARED = Path(os.environ.get("L2L_SCALE_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
-
-
-def shared_data(name):
-    if not (SHARED / name).is_dir():
-        pytest.skip(f"no {name} at {SHARED}; set L2L_SCALE_DATA to the folder that holds it")
-    return str(SHARED / name)
 
 
 def image_bytes(images):

@@ -2,13 +2,12 @@
 
 import json
 import math
-import os
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import shared_data
 from jsonargparse import auto_cli
 from torch import nn
 
@@ -18,7 +17,6 @@ from l2l_scale.tasks import ImageClassifier, TaskFamily
 from l2l_scale.tasks.datasets import load_images
 from l2l_scale.tasks.image import resident_images
 
-SHARED = Path(os.environ.get("L2L_SCALE_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 CPU = torch.device("cpu")
 MODULES = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU}
 
@@ -92,10 +90,7 @@ def test_coordinates_lie_as_in_linear_layers():
 
 
 def test_the_papers_network_on_mnist_has_15910_coordinates():
-    mnist = SHARED / "mnist"
-    if not mnist.is_dir():
-        pytest.skip(f"no MNIST at {mnist}; set L2L_SCALE_DATA to the folder that holds it")
-    assert ImageClassifier(dataset=str(mnist)).spec.size == 784 * 20 + 20 + 20 * 10 + 10 == 15_910
+    assert ImageClassifier(dataset=shared_data("mnist")).spec.size == 784 * 20 + 20 + 20 * 10 + 10 == 15_910
 
 
 def test_minibatches_are_uniform_over_the_split():

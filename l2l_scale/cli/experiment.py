@@ -14,6 +14,7 @@ from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
 
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -83,6 +84,12 @@ class Experiment(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.add_argument(
             "--run_dir", type=str | None, default=None, help="run folder; a new runs/CONFIG[-n] if not given"
+        )
+        parser.add_argument(
+            "--threads",
+            type=PositiveInt | None,
+            default=None,
+            help="CPU threads of training; torch decides if not given. Small tasks are fastest with 1",
         )
         self.add_options(parser)
 

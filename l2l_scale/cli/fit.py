@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger
@@ -44,6 +45,8 @@ class Fit(Experiment):
     def before_instantiate_classes(self) -> None:
         """Settle the run folder first: a mistake there should cost nothing."""
         config = self.config
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
         self.folder = choose_folder(config.run_dir, self.name, config.ckpt_path is not None, config.overwrite)
         self.ckpt_path = find_checkpoint(config.ckpt_path, self.folder)
         config.run_dir = str(self.folder)

@@ -26,7 +26,7 @@ class Baseline:
         name: as it stands in tables and settings.
         build: makes the rule from its hyper-parameters and the horizon that it is tuned for.
         rates: lowest and highest learning rate tried at first; the search goes further where it must.
-        others: values tried of the other hyper-parameters that are tuned, rising.
+        others: values tried of the other hyper-parameters that are tuned, rising. Zero is a natural end.
     """
 
     name: str
@@ -56,7 +56,7 @@ _BETAS = {
     "beta1": (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98),
     "beta2": (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999),
 }
-_DECAY = {"weight_decay": (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)}
+_DECAY = {"weight_decay": (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)}
 
 BASELINES: Sequence[Baseline] = (
     Baseline(name="SGD", build=_plain(SGD), rates=(1e-4, 1.0)),

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -110,4 +111,5 @@ def _write(path: Path, content: JSON) -> None:
         part.write_text(json.dumps(content), encoding="utf-8")
         part.replace(path)
     except OSError:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)

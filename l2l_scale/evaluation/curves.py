@@ -16,7 +16,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from l2l_scale.checks import check_positive
+from l2l_scale.checks import check_count
 from l2l_scale.optimizers.base import UpdateRule
 from l2l_scale.rng import Split
 from l2l_scale.sampling import Schedule, WindowSampler
@@ -43,12 +43,12 @@ class HeldOut:
         inner_steps: T.
         window: inner steps whose minibatches are held in memory at once. No effect on the result.
         max_coordinates: upper limit of coordinates, over all slots, in one rollout (at least one slot).
-            Bounds the memory; small blocks are also faster, because they stay in the cache. No effect on
-            the result.
+            Bounds the memory. No effect on the result of rules that work element by element; matrix
+            products, as in learned rules, may round differently by the number of their rows.
         device: where the rollouts run.
 
     Raises:
-        ValueError: if a number is below 1.
+        ValueError: if a number is not a whole number of at least 1.
     """
 
     family: TaskFamily
@@ -57,12 +57,12 @@ class HeldOut:
     num_tasks: int
     inner_steps: int
     window: int = 20
-    max_coordinates: int = 1 << 14
+    max_coordinates: int = 1 << 15
     device: str = "cpu"
 
     def __post_init__(self) -> None:
         for name in ("num_tasks", "inner_steps", "window", "max_coordinates"):
-            check_positive(name, getattr(self, name))
+            check_count(name, getattr(self, name))
 
     @cached_property
     def split_family(self) -> TaskFamily:
@@ -78,17 +78,20 @@ class HeldOut:
         """Put the data of the split on the device."""
         self.split_family.prepare(torch.device(self.device))
 
-    def windows(self, tasks: range, copies: int = 1) -> Iterator[WindowBatch]:
-        """Windows of these tasks' trajectories, every task in ``copies`` neighbouring slots.
+    def sampler(self) -> WindowSampler:
+        """Draws the windows; it remembers the tasks that it drew.
 
         The last window may reach beyond the last inner step.
         """
         deterministic = not self.family.has_data  # then nothing is drawn per inner step: one window does
         window = self.inner_steps if deterministic else min(self.window, self.inner_steps)
-        count = math.ceil(self.inner_steps / window)
-        schedule = Schedule(horizon=count * window, window=window, staggered=False)
-        sampler = WindowSampler(self.split_family, schedule, self.seed, self.split)
-        for index in range(count):
+        horizon = math.ceil(self.inner_steps / window) * window
+        schedule = Schedule(horizon=horizon, window=window, staggered=False)
+        return WindowSampler(self.split_family, schedule, self.seed, self.split)
+
+    def windows(self, sampler: WindowSampler, tasks: range, copies: int = 1) -> Iterator[WindowBatch]:
+        """Windows of these tasks' trajectories, every task in ``copies`` neighbouring slots."""
+        for index in range(sampler.schedule.windows_per_trajectory):
             yield _repeat(sampler(index, tasks).to_batch(), copies, torch.device(self.device))
 
 
@@ -103,11 +106,18 @@ def loss_curves(rule: UpdateRule, held_out: HeldOut, tasks: range | None = None)
         held_out: the tasks.
         tasks: only these of them.
     """
+    return curves_of_all([rule], held_out, range(held_out.num_tasks) if tasks is None else tasks)[0]
+
+
+def curves_of_all(rules: Sequence[UpdateRule], held_out: HeldOut, tasks: range) -> list[Tensor]:
+    """:func:`loss_curves` of several rules on the same tasks, which are drawn once."""
     held_out.prepare()
-    chosen = range(held_out.num_tasks) if tasks is None else tasks
-    chunks = chunked(chosen, held_out.slots_at_once)
-    curves = [_trajectories(rule, held_out, held_out.windows(chunk)).cpu() for chunk in chunks]
-    return torch.cat(curves, dim=1)
+    parts: list[list[Tensor]] = [[] for _ in rules]
+    for chunk in chunked(tasks, held_out.slots_at_once):
+        sampler = held_out.sampler()
+        for rule, part in zip(rules, parts, strict=True):
+            part.append(_trajectories(rule, held_out, held_out.windows(sampler, chunk)).cpu())
+    return [torch.cat(part, dim=1) for part in parts]
 
 
 def sweep(build: Build, points: Sequence[Point], held_out: HeldOut) -> Tensor:
@@ -133,7 +143,8 @@ def _sweep_block(build: Build, points: Sequence[Point], held_out: HeldOut) -> Te
     columns = []
     for tasks in chunked(range(held_out.num_tasks), max(1, held_out.slots_at_once // len(points))):
         rule = build(_per_slot(points, len(tasks), held_out.device))
-        curves = _trajectories(rule, held_out, held_out.windows(tasks, len(points))).double()
+        windows = held_out.windows(held_out.sampler(), tasks, len(points))
+        curves = _trajectories(rule, held_out, windows).double()
         scores = torch.stack([curves[-1], curves[1:].sum(0)]).cpu()
         columns.append(scores.view(2, len(tasks), len(points)).mT)
     return torch.cat(columns, dim=2)

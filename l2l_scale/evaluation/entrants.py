@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from l2l_scale.evaluation.baselines import Baseline, choose_baselines
-from l2l_scale.evaluation.curves import HeldOut, chunked, loss_curves
+from l2l_scale.evaluation.curves import HeldOut, chunked, curves_of_all
 from l2l_scale.evaluation.jobs import Job, Runner
 from l2l_scale.evaluation.references import ReferenceMethod, reference_curves
 from l2l_scale.evaluation.report import Curves
@@ -26,7 +27,7 @@ from l2l_scale.tasks.base import TaskFamily
 REFERENCES = {"L-BFGS": ReferenceMethod.LBFGS, "CG": ReferenceMethod.CONJUGATE_GRADIENT}
 """Names of the references."""
 
-_JOBS_PER_TEST = 16
+_RULES_PER_JOB = 4  # they share the drawing of tasks
 _LEARNED_COST, _REFERENCE_COST = 16.0, 30.0  # of an inner step, in units of a hand-designed rule's
 
 
@@ -139,11 +140,11 @@ def _tuned_entrants(
     if test.name != HELD_OUT:
         here, number = tuned[test.name][baseline.name].final, settings.num_shift_tuning_tasks
         yield (
-            f"{baseline.name} (tuned here)",
+            f"{baseline.name} (here)",
             _tuned_entrant(test, baseline, here, "final", test.name, number),
         )
     elif original.sum.hyper_parameters != original.final.hyper_parameters:
-        yield f"{baseline.name} (for the sum)", _tuned_entrant(test, baseline, original.sum, "sum", *home)
+        yield f"{baseline.name} (sum)", _tuned_entrant(test, baseline, original.sum, "sum", *home)
 
 
 def _tuned_entrant(
@@ -151,7 +152,7 @@ def _tuned_entrant(
 ) -> Entrant:
     """A baseline with the hyper-parameters that were chosen."""
     rule = baseline.build(choice.hyper_parameters, test.tuning.inner_steps).to(test.held_out.device)
-    score = choice.score if torch.tensor(choice.score).isfinite() else None
+    score = choice.score if math.isfinite(choice.score) else None
     tuning: TuningReport = {
         "target": target,
         "tuned_on": tuned_on,
@@ -187,25 +188,30 @@ def run_all(
 def _jobs(test: Trial, entrants: Mapping[str, Entrant]) -> Iterator[tuple[list[str], Job]]:
     """Cut the tasks of a test into ranges; one job runs several optimizers on one range, in order."""
     rules = {name: one.optimizer for name, one in entrants.items() if isinstance(one.optimizer, UpdateRule)}
-    price = sum(_LEARNED_COST if entrants[name].kind == "learned" else 1.0 for name in rules)
-    for tasks in _ranges(test.held_out.num_tasks):
-        call = partial(_rule_curves, list(rules.values()), test.held_out, tasks)
-        yield list(rules), Job(price * len(tasks) * test.held_out.inner_steps, call)
+    learned = [name for name in rules if entrants[name].kind == "learned"]
+    classic = [name for name in rules if entrants[name].kind == "tuned"]
+    groups = [classic[i : i + _RULES_PER_JOB] for i in range(0, len(classic), _RULES_PER_JOB)]
     methods = {n: one.optimizer for n, one in entrants.items() if isinstance(one.optimizer, ReferenceMethod)}
-    for tasks in _ranges(test.num_reference_tasks) if methods else ():
+    for names, pieces, price in [(g, 2, 1.0) for g in groups] + [
+        ([name], 8, _LEARNED_COST) for name in learned
+    ]:
+        for tasks in _pieces(test.held_out.num_tasks, pieces):
+            call = partial(curves_of_all, [rules[name] for name in names], test.held_out, tasks)
+            yield names, _job(price * len(names), test, tasks, call)
+    for tasks in _pieces(test.num_reference_tasks, 4) if methods else ():
         call = partial(_reference_curves, list(methods.values()), test.held_out, tasks)
-        price = _REFERENCE_COST * len(methods)
-        yield list(methods), Job(price * len(tasks) * test.held_out.inner_steps, call)
+        yield list(methods), _job(_REFERENCE_COST * len(methods), test, tasks, call)
 
 
-def _ranges(count: int) -> Iterator[range]:
-    return chunked(range(count), max(1, count // _JOBS_PER_TEST))
+def _job(price: float, test: Trial, tasks: range, call: Callable[[], list[Tensor]]) -> Job:
+    return Job(price * len(tasks) * test.held_out.inner_steps, call)
 
 
-def _rule_curves(rules: Sequence[UpdateRule], held_out: HeldOut, tasks: range) -> list[Tensor]:
-    return [loss_curves(rule, held_out, tasks) for rule in rules]
+def _pieces(count: int, pieces: int) -> Iterator[range]:
+    """Cut tasks 0 … count − 1 into about so many ranges."""
+    return chunked(range(count), -(-count // pieces))
 
 
 def _reference_curves(methods: Sequence[ReferenceMethod], held_out: HeldOut, tasks: range) -> list[Tensor]:
-    batch = next(held_out.windows(tasks))
+    batch = next(held_out.windows(held_out.sampler(), tasks))
     return [reference_curves(m, held_out.split_family, batch, held_out.inner_steps) for m in methods]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import time
 from collections.abc import Mapping
@@ -10,18 +11,25 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-import torch
 from rich.progress import Progress
 
 from l2l_scale.evaluation.entrants import Trial, entrants_of, plan_tests, run_all, tune_all
-from l2l_scale.evaluation.jobs import Runner, progress_display
+from l2l_scale.evaluation.jobs import Runner, one_thread, progress_display
 from l2l_scale.evaluation.plots import plot_curves
 from l2l_scale.evaluation.report import Curves, summarise, write_json
 from l2l_scale.evaluation.schema import VERSION, Report
 from l2l_scale.evaluation.settings import HELD_OUT, Evaluation
-from l2l_scale.evaluation.tables import losses_table, markdown, print_table, tuned_table, verdict
-from l2l_scale.evaluation.tuning import Tuned
+from l2l_scale.evaluation.tables import (
+    losses_table,
+    markdown,
+    print_table,
+    shifts_table,
+    tuned_table,
+    verdict,
+)
+from l2l_scale.evaluation.tuning import Choice, Tuned
 from l2l_scale.optimizers.base import UpdateRule
 from l2l_scale.tasks.base import TaskFamily
 
@@ -52,14 +60,14 @@ def evaluate(
     """
     start = time.perf_counter()
     tests = plan_tests(family, horizon, settings)
-    with _display(silent) as display:
+    with one_thread(), _display(silent) as display:
         runner = Runner(settings.workers, display)
         tuned = tune_all(tests, settings, runner)
         entrants = [entrants_of(test, learned, tuned, settings) for test in tests]
         results = run_all(tests, entrants, runner)
-    report = _report(tests, results, horizon, settings, runner, time.perf_counter() - start)
-    if out is not None:
-        _write(report, results[0], out)
+        report = _report(tests, results, horizon, settings, runner, time.perf_counter() - start)
+        if out is not None:
+            _write(report, results[0], out)
     if not silent:
         _print(report)
     return report
@@ -82,12 +90,17 @@ def tune_baselines(
         tuned = tune_all(tests, settings, Runner(settings.workers, display))[HELD_OUT]
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        content = {name: {"final": t.final._asdict(), "sum": t.sum._asdict()} for name, t in tuned.items()}
+        content = {name: {"final": _json(t.final), "sum": _json(t.sum)} for name, t in tuned.items()}
         (out / "tuning.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if not silent:
         note = f"scores are means over {settings.num_tuning_tasks} tuning tasks, {horizon} inner steps"
         print_table("Tuned baselines", tuned_table(tuned), note)
     return tuned
+
+
+def _json(choice: Choice) -> dict[str, Any]:
+    """As JSON, which has no infinity: an infinite score is null."""
+    return choice._asdict() | {"score": choice.score if math.isfinite(choice.score) else None}
 
 
 def _display(silent: bool) -> AbstractContextManager[Progress | None]:
@@ -115,7 +128,7 @@ def _report(
         "tuning_seed": settings.tuning_seed,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
         "num_workers": runner.num_workers,
-        "num_threads": torch.get_num_threads(),
+        "num_threads": 1,
         "wall_seconds": wall_seconds,
         "cpu_seconds": runner.cpu_seconds,
     }
@@ -128,13 +141,15 @@ def _write(report: Report, curves: dict[str, Curves], out: Path) -> None:
     (out / "report.md").write_text(markdown(report), encoding="utf-8")
     test = report["tests"][HELD_OUT]
     plot_curves(
-        curves, report["horizon"], f"{test['num_tasks']} held-out tasks: {test['family']}", out / "curves.png"
+        curves, report["horizon"], f"{test['num_tasks']} held-out tasks", test["family"], out / "curves.png"
     )
 
 
 def _print(report: Report) -> None:
-    """Print the tables."""
-    for i, (name, test) in enumerate(report["tests"].items()):
-        cells = losses_table(test, report["horizon"], every_step=i == 0)
-        title = f"{name}: {test['num_tasks']} tasks, {test['family']}"
-        print_table(title, cells, verdict(test, report["horizon"]))
+    """Print the table of the held-out test and one line per shifted distribution."""
+    horizon, test = report["horizon"], report["tests"][HELD_OUT]
+    title = f"Loss on {test['num_tasks']} held-out tasks"
+    print_table(title, losses_table(test, horizon, every_step=False), verdict(test, horizon))
+    shifts = shifts_table(report)
+    if shifts is not None:
+        print_table(f"Mean loss at inner step {horizon} on shifted distributions", shifts)

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor
 
-from l2l_scale.evaluation.report import Curves, median, standard_error
+from l2l_scale.evaluation.report import Curves
 
 LEARNED_COLOURS = ("#d1203f", "#8a1c7c", "#e0701a")
 TUNED_COLOURS = (
@@ -23,15 +22,16 @@ REFERENCE_COLOURS = ("#222222", "#888888", "#555555")
 
 
 class Line(NamedTuple):
-    """One optimizer in the picture."""
+    """One optimizer in the picture; arrays over the inner steps 0 … T."""
 
     name: str
-    losses: Tensor
-    """(inner steps + 1, S), float64"""
+    mean: np.ndarray
+    error: np.ndarray
+    median: np.ndarray
     style: dict[str, Any]
 
 
-def plot_curves(curves: Mapping[str, Curves], horizon: int, title: str, path: Path) -> None:
+def plot_curves(curves: Mapping[str, Curves], horizon: int, title: str, subtitle: str, path: Path) -> None:
     """Draw mean (with a band of one standard error) and median losses by inner step, and save the picture.
 
     The mean is over the tasks that are finite at that inner step; the legend counts those that are not.
@@ -41,6 +41,7 @@ def plot_curves(curves: Mapping[str, Curves], horizon: int, title: str, path: Pa
         curves: all optimizers.
         horizon: T, marked by a dashed line.
         title: above the picture.
+        subtitle: below the title, in small letters.
         path: of the PNG file.
     """
     lines = _lines(curves)
@@ -59,14 +60,20 @@ def plot_curves(curves: Mapping[str, Curves], horizon: int, title: str, path: Pa
         frameon=False,
         title=f"lowest mean at {horizon} first",
     )
-    figure.suptitle(title, fontsize=13, fontweight="bold")
+    figure.suptitle(f"{title}\n", fontsize=13, fontweight="bold", x=0.42)
+    figure.text(0.42, 0.945, subtitle, fontsize=9, alpha=0.7, ha="center", va="center")
     figure.savefig(path, dpi=140)
 
 
-def finite_mean(losses: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard error over the finite tasks, (steps,) each; NaN where none is finite."""
-    rows = [row[row.isfinite()] for row in losses]
-    return torch.stack([row.mean() for row in rows]), torch.stack([standard_error(row) for row in rows])
+def finite_mean(losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard error over the finite tasks of each row; NaN where there are none (or one)."""
+    finite = np.isfinite(losses)
+    count = finite.sum(1)
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        mean = np.where(finite, losses, 0).sum(1) / count
+        squares = np.where(finite, losses - mean[:, None], 0) ** 2
+        error = np.sqrt(squares.sum(1) / (count - 1) / count)
+    return mean, np.where(count > 1, error, np.nan)
 
 
 def _lines(curves: Mapping[str, Curves]) -> list[Line]:
@@ -76,7 +83,11 @@ def _lines(curves: Mapping[str, Curves]) -> list[Line]:
     for name, entry in curves.items():
         if entry.tuning is not None and entry.tuning["target"] == "sum":
             continue
-        lines.append(Line(name, entry.losses.double(), _style(entry.kind, counts[entry.kind])))
+        losses = entry.losses.double().numpy()  # numpy: many small sums, for which threads only cost
+        astray = int((~np.isfinite(losses[-1])).sum())
+        label = name + (f" ({astray} astray)" if astray else "")
+        mean, error = finite_mean(losses)
+        lines.append(Line(label, mean, error, np.median(losses, 1), _style(entry.kind, counts[entry.kind])))
         counts[entry.kind] += 1
     return sorted(lines, key=lambda line: float(line.style["zorder"]))
 
@@ -93,24 +104,22 @@ def _style(kind: str, i: int) -> dict[str, Any]:
 
 def _draw(ax: Axes, line: Line, middle: bool) -> None:
     """One curve in one panel."""
-    astray = int((~line.losses[-1].isfinite()).sum())
-    label = line.name + (f" ({astray} astray)" if astray else "")
-    steps = torch.arange(len(line.losses)).numpy()
-    if not middle:
-        ax.plot(steps, median(line.losses).numpy(), label=label, **line.style)
-        return
-    mean, error = finite_mean(line.losses)
-    ax.plot(steps, mean.numpy(), label=label, **line.style)
-    band = {"color": line.style["color"], "alpha": 0.15, "linewidth": 0}
-    ax.fill_between(steps, (mean - error).clamp(min=1e-30).numpy(), (mean + error).numpy(), **band)
+    values = line.mean if middle else line.median
+    steps = np.arange(len(values))
+    ax.plot(steps, values, label=line.name, **line.style)
+    if middle:
+        low = np.maximum(line.mean - line.error, 1e-30) if (line.mean > 0).all() else line.mean - line.error
+        ax.fill_between(
+            steps, low, line.mean + line.error, color=line.style["color"], alpha=0.15, linewidth=0
+        )
 
 
 def _decorate(ax: Axes, heading: str, horizon: int, lines: list[Line], middle: bool) -> None:
     """Scales, labels and the mark of the horizon."""
-    if all((line.losses > 0).all() for line in lines):
+    if all(np.nanmin(line.median) > 0 and np.nanmin(line.mean) > 0 for line in lines):
         ax.set_yscale("log")
         ax.set_ylim(*_limits(lines, middle))
-    ax.set_xlim(0, max(len(line.losses) for line in lines) - 1)
+    _scale_steps(ax, horizon, max(len(line.mean) for line in lines) - 1)
     ax.axvline(horizon, color="black", linestyle="--", linewidth=1, alpha=0.6)
     ax.annotate(
         "horizon of meta-training",
@@ -127,16 +136,24 @@ def _decorate(ax: Axes, heading: str, horizon: int, lines: list[Line], middle: b
     ax.spines[["top", "right"]].set_visible(False)
 
 
+def _scale_steps(ax: Axes, horizon: int, last: int) -> None:
+    """A root scale where the run is long, so that the steps up to the horizon keep their room."""
+    ax.set_xlim(0, last)
+    if last <= 2 * horizon:
+        return
+    ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+    ax.set_xticks(sorted({0, horizon // 5, horizon // 2, horizon, 2 * horizon, 3 * horizon, last}))
+
+
 def _limits(lines: list[Line], middle: bool) -> tuple[float, float]:
     """Limits that show all but references (which may reach rounding) and explosions."""
     shown = [line for line in lines if line.style["zorder"] != 3.0] or lines
-    values = [finite_mean(line.losses)[0] if middle else median(line.losses) for line in shown]
-    stacked = torch.cat([value[value.isfinite() & (value > 0)] for value in values])
+    values = [line.mean if middle else line.median for line in shown]
+    low = min((float(value[np.isfinite(value)].min()) for value in values), default=1e-3)
     start = max(float(value[0]) for value in values)
-    low = float(stacked.min()) if len(stacked) else 1e-3
     return low / 2, start * 2 if math.isfinite(start) and start > low else low * 10
 
 
 def _rank(line: Line, horizon: int) -> float:
-    value = float(finite_mean(line.losses[horizon : horizon + 1])[0])
+    value = float(line.mean[horizon])
     return value if math.isfinite(value) else math.inf

@@ -77,7 +77,7 @@ def optimizer_report(entry: Curves, horizon: int) -> OptimizerReport:
     losses = entry.losses.double()
     steps = reported_steps(horizon, len(losses) - 1)
     sums = losses[1 : horizon + 1].sum(0)
-    diverged = {str(t): count_diverged(losses[: t + 1]) for t in steps}
+    diverged = {str(t): count_diverged(entry.losses[: t + 1]) for t in steps}
     return {
         "kind": entry.kind,
         "hyper_parameters": entry.hyper_parameters,

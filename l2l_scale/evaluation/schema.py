@@ -40,7 +40,7 @@ class TuningReport(TypedDict):
     score: Number
     """Mean of the target over the tuning tasks."""
     edges: list[str]
-    """Hyper-parameters whose chosen value is the first or last one of the grid."""
+    """Hyper-parameters whose chosen value is the first or last one of the grid, and not zero."""
 
 
 class OptimizerReport(TypedDict):
@@ -118,7 +118,7 @@ class Report(TypedDict):
     num_workers: int
     """Processes that the work was spread over."""
     num_threads: int
-    """Threads of torch in this process."""
+    """Threads of torch in each of them."""
     wall_seconds: float
     cpu_seconds: float
     """Over all processes; results of tuning that were kept from an earlier run cost nothing."""

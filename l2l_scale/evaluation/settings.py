@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from l2l_scale.checks import check_positive
+from l2l_scale.checks import check_count
 from l2l_scale.evaluation.baselines import choose_baselines
 from l2l_scale.evaluation.cache import default_folder
 from l2l_scale.evaluation.jobs import available_cores
@@ -57,7 +57,7 @@ class Evaluation:
     shifts: dict[str, TaskFamily] | None = None
     baselines: list[str] | None = None
     window: int = 20
-    max_coordinates: int = 1 << 14
+    max_coordinates: int = 1 << 15
     num_workers: int | None = None
     device: str = "cpu"
     cache: bool = True
@@ -68,8 +68,8 @@ class Evaluation:
         optional = ("inner_steps", "shift_inner_steps", "num_workers")
         given = [name for name in optional if getattr(self, name) is not None]
         for name in (*positive, "window", "max_coordinates", *given):
-            check_positive(name, getattr(self, name))
-        check_positive("num_reference_tasks", self.num_reference_tasks, zero=True)
+            check_count(name, getattr(self, name))
+        check_count("num_reference_tasks", self.num_reference_tasks, least=0)
         choose_baselines(self.baselines)
         if HELD_OUT in (self.shifts or {}):
             raise ValueError(

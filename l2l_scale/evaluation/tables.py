@@ -36,27 +36,26 @@ def losses_table(test: HeldOutReport, horizon: int, every_step: bool) -> Cells:
     Args:
         test: the test.
         horizon: T.
-        every_step: show the mean at all reported inner steps, not at the horizon and the end only.
+        every_step: show the mean at all reported inner steps and the median, not only the mean at the
+            horizon and at the end.
     """
     optimizers = test["optimizers"]
     steps = [int(step) for step in next(iter(optimizers.values()))["mean"]]
     shown = steps if every_step else sorted({horizon, steps[-1]})
     mine = next(iter(test["paired"]), None)
-    header = [
-        "optimizer",
-        *(f"mean @{t}" for t in shown),
-        f"median @{horizon}",
-        f"sum 1…{horizon}",
-        "diverged",
-    ]
+    medians = [f"median @{horizon}"] if every_step else []
+    header = ["optimizer", *(f"mean @{t}" for t in shown), *medians, f"sum 1…{horizon}", "diverged"]
     if mine is not None:
         header.append("learned lower")
     names = [name for kind in ("learned", "tuned", "reference") for name in by_mean(test, horizon, [kind])]
-    rows = [[name, *_cells(optimizers[name], shown, horizon), *_share(test, mine, name)] for name in names]
+    rows = [
+        [name, *_cells(optimizers[name], shown, horizon, every_step), *_share(test, mine, name)]
+        for name in names
+    ]
     return Cells(header, rows, [optimizers[name]["kind"] == "learned" for name in names])
 
 
-def _cells(entry: OptimizerReport, shown: Sequence[int], horizon: int) -> list[str]:
+def _cells(entry: OptimizerReport, shown: Sequence[int], horizon: int, with_median: bool) -> list[str]:
     """Mean losses (with standard error at the horizon), median, sum, diverged."""
 
     def mean(step: int) -> str:
@@ -64,8 +63,8 @@ def _cells(entry: OptimizerReport, shown: Sequence[int], horizon: int) -> list[s
         return number(entry["mean"][str(step)]) + error
 
     diverged = f"{entry['num_diverged']} of {entry['num_tasks']}"
-    median = number(entry["median"][str(horizon)])
-    return [*map(mean, shown), median, number(entry["sum_mean"]), diverged]
+    medians = [number(entry["median"][str(horizon)])] if with_median else []
+    return [*map(mean, shown), *medians, number(entry["sum_mean"]), diverged]
 
 
 def _share(test: HeldOutReport, mine: str | None, name: str) -> list[str]:
@@ -74,6 +73,32 @@ def _share(test: HeldOutReport, mine: str | None, name: str) -> list[str]:
         return []
     paired = test["paired"][mine].get(name)
     return ["–" if paired is None else f"{100 * paired['sum']['share_lower']:.1f} %"]
+
+
+def shifts_table(report: Report) -> Cells | None:
+    """One row per shifted distribution: the first learned optimizer and the best baselines at the horizon."""
+    horizon = report["horizon"]
+    header = ["distribution", "learned", "best transferred", "", "best tuned here", "", "diverged"]
+    rows = []
+    for name, test in list(report["tests"].items())[1:]:
+        if not test["paired"]:
+            return None
+        mine = test["optimizers"][next(iter(test["paired"]))]
+        ranked = by_mean(test, horizon, ["tuned"])
+        here = [n for n in ranked if test["optimizers"][n]["tuning"]["tuned_on"] == name]  # type: ignore[index]
+        best = [[n for n in ranked if n not in here][:1], here[:1]]
+        cells = [cell for names in best for cell in _name_and_mean(test, horizon, names)]
+        diverged = f"{mine['num_diverged']} of {mine['num_tasks']}"
+        rows.append([name, number(mine["mean"][str(horizon)]), *cells, diverged])
+    return Cells(header, rows, [False] * len(rows)) if rows else None
+
+
+def _name_and_mean(test: HeldOutReport, horizon: int, names: Sequence[str]) -> list[str]:
+    """Name and mean loss of the first of some optimizers."""
+    if not names:
+        return ["–", "–"]
+    mean = test["optimizers"][names[0]]["mean"][str(horizon)]
+    return [names[0].removesuffix(" (here)"), number(mean)]
 
 
 def tuning_table(test: HeldOutReport) -> Cells:
@@ -145,11 +170,11 @@ _MARKDOWN_HEAD = """# Evaluation
 
 Losses on tasks that no optimizer saw in meta-training or tuning; ± is one standard error over tasks.
 Baselines are tuned for the mean loss at inner step {horizon}, the horizon of meta-training, or for the sum
-of losses up to it; schedules end there, and so does their movement. “(tuned here)” was tuned again on the
-shifted distribution. “diverged” counts tasks whose loss was not finite at any inner step of the run or rose
-above its start by more than {factor} times (start + 1). “learned lower” is the share of tasks on which the
-learned optimizer has the lower sum. References are counted in evaluations of loss and gradient, and run on
-fewer tasks, in float64."""
+of losses up to it; schedules end there, and so does their movement. “(here)” was tuned again on the shifted
+distribution, “(sum)” for the sum of losses. “diverged” counts tasks whose loss was not finite at any inner
+step of the run or rose above its start by more than {factor} times (start + 1). “learned lower” is the share
+of tasks on which the learned optimizer has the lower sum. References are counted in evaluations of loss and
+gradient, and run on fewer tasks, in float64."""
 
 
 def _markdown_table(cells: Cells) -> str:
@@ -162,8 +187,11 @@ def _markdown_table(cells: Cells) -> str:
 def print_table(title: str, cells: Cells, note: str = "") -> None:
     """Print a table to the terminal."""
     table = Table(title=title, caption=note or None, box=rich.box.SIMPLE_HEAD, title_justify="left")
+    table.caption_justify, table.padding = "left", (0, 1, 0, 0)
     for i, name in enumerate(cells.header):
-        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i > 0)
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     for row, bold in zip(cells.rows, cells.bold, strict=True):
         table.add_row(*row, style="bold green" if bold else None)
-    Console().print(table)
+    console = Console()
+    needed = Console(width=1000).measure(table).maximum  # a cut number is worse than a broken line
+    Console(width=max(console.width, needed)).print(table)

@@ -48,7 +48,8 @@ class Choice(NamedTuple):
     """Mean over the tuning tasks of the final loss, or of the sum of losses; infinite if even the best point
     let a task go astray."""
     edges: list[str]
-    """Hyper-parameters whose best value is the first or last of all that were tried."""
+    """Hyper-parameters whose best value is the first or last of all that were tried, and not zero: nothing
+    lies beyond zero."""
 
 
 class Tuned(NamedTuple):
@@ -118,7 +119,8 @@ def _first_stage(baseline: Baseline, held_out: HeldOut) -> Scores:
 def _second_stage(baseline: Baseline, held_out: HeldOut, coarse: Scores) -> Scores:
     """The most promising combinations on ever finer rates, until neither target's best rate is an end."""
     promising = {cell for target in TARGETS for cell in _promising(coarse, target)}
-    wanted = {(c, near) for c, rate in promising for near in range(rate - COARSE, rate + COARSE + 1, MIDDLE)}
+    steps = range(-COARSE, COARSE + 1, MIDDLE)
+    wanted = _inside((c, rate + step) for c, rate in promising for step in steps)
     scores: Scores = {}
     for distance in (MIDDLE, 1):
         while wanted:
@@ -139,8 +141,12 @@ def _score(baseline: Baseline, held_out: HeldOut, cells: Iterable[Cell]) -> Scor
 
 def _around(cells: Iterable[Cell], distance: int) -> set[Cell]:
     """The cells with the next lower and higher rates, as far as the lattice goes."""
-    near = {(c, rate + step) for c, rate in cells for step in (-distance, distance)}
-    return {cell for cell in near if LIMITS[0] <= cell[1] <= LIMITS[1]}
+    return _inside((c, rate + step) for c, rate in cells for step in (-distance, distance))
+
+
+def _inside(cells: Iterable[Cell]) -> set[Cell]:
+    """Those cells that lie on the lattice."""
+    return {cell for cell in cells if LIMITS[0] <= cell[1] <= LIMITS[1]}
 
 
 def _of(scores: Scores, combination: int) -> Scores:
@@ -168,7 +174,8 @@ def _choice(baseline: Baseline, scores: Scores, target: int) -> Choice:
     """The best cell as hyper-parameters, with what lies on an edge."""
     best = _best(scores, target)
     chosen = dict(point(baseline, best))
-    edges = [name for name, values in baseline.others.items() if chosen[name] in (values[0], values[-1])]
+    others = baseline.others.items()
+    edges = [name for name, values in others if chosen[name] and chosen[name] in (values[0], values[-1])]
     if best[1] in LIMITS:
         edges.insert(0, "learning_rate")
     return Choice(chosen, scores[best][target], edges)

@@ -53,9 +53,18 @@ class MetaStepBar(TQDMProgressBar):
     Lightning's own bars start anew with every epoch; an epoch is only a rhythm here.
     """
 
-    def __init__(self) -> None:
-        # A log file gets a line now and then, a terminal a live bar.
-        super().__init__(refresh_rate=10 if sys.stdout.isatty() else 100)
+    def init_train_tqdm(self) -> Tqdm:
+        """A bar from the meta-step that the run starts at to its last."""
+        return Tqdm(
+            desc="meta-training",
+            total=max(self.trainer.max_steps, 0) or None,
+            initial=self.trainer.global_step,
+            unit=" meta-steps",
+            mininterval=0.2 if sys.stdout.isatty() else 10,  # seconds; a log file gets a line now and then
+            disable=self.is_disabled,
+            dynamic_ncols=True,
+            file=sys.stdout,
+        )
 
     def init_validation_tqdm(self) -> Tqdm:
         """No bar: validations are short."""
@@ -65,11 +74,6 @@ class MetaStepBar(TQDMProgressBar):
 
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Keep the bar that the run started with."""
-        bar = self.train_progress_bar
-        bar.set_description("meta-training", refresh=False)
-        if bar.total is None and trainer.max_steps > 0:
-            bar.total, bar.unit = trainer.max_steps, " meta-steps"
-            bar.initial = bar.n = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -77,8 +81,8 @@ class MetaStepBar(TQDMProgressBar):
         """Advance to the number of meta-steps done."""
         done, bar = trainer.global_step, self.train_progress_bar
         if self._should_update(done, bar.total or 0):
-            bar.n = done
-            bar.set_postfix(self.get_metrics(trainer, pl_module))
+            bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
+            bar.update(done - bar.n)
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """The numbers that matter, shortly."""

@@ -8,10 +8,13 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from l2l_scale.estimators import TruncatedBPTT
+from l2l_scale.evaluation import HeldOut, loss_curves
 from l2l_scale.optimizers import CoordinatewiseLSTM
-from l2l_scale.tasks import Quadratic
+from l2l_scale.rng import Split
+from l2l_scale.tasks import ImageClassifier, Quadratic
 from l2l_scale.training import DivergedError, MetaTraining, TrajectoryMetrics, WindowData
 from l2l_scale.tree import tree_leaves
+from l2l_scale.unroll import begin
 
 FAMILY = Quadratic(dimension=3)
 
@@ -139,9 +142,6 @@ def test_trajectory_metrics_are_logged_by_phase(tmp_path):
 
 
 def test_validation_is_on_held_out_tasks_and_equal_to_evaluation(tmp_path):
-    from l2l_scale.evaluation.curves import HeldOut, loss_curves
-    from l2l_scale.rng import Split
-
     module, trainer = fit(tmp_path, 4)
     held_out = HeldOut(family=FAMILY, seed=0, split=Split.VALID, num_tasks=8, inner_steps=20, window=5)
     curves = loss_curves(module.rule, held_out)
@@ -177,3 +177,18 @@ def test_bad_settings_of_the_data_are_named(name):
 def test_falling_rate_needs_a_number_of_meta_steps(tmp_path):
     with pytest.raises(ValueError, match=r"trainer\.max_steps \(-1\)"):
         fit(tmp_path, -1)
+
+
+@pytest.mark.parametrize(
+    "family", [FAMILY, ImageClassifier(hidden=(5,), batch_size=16)], ids=["quadratic", "digits"]
+)
+def test_loss_in_training_and_in_evaluation_agree_on_the_same_tasks(family):
+    data = WindowData(family, horizon=20, window=5, slots=6, staggered=False)
+    batch = next(iter(data.train_dataloader()))
+    torch.manual_seed(0)
+    rule = CoordinatewiseLSTM(hidden_size=4, layers=1)
+    estimate = TruncatedBPTT()(rule, family, begin(rule, batch, None), batch)
+    held_out = HeldOut(family=family, seed=0, split=Split.TRAIN, num_tasks=6, inner_steps=20, window=5)
+    curves = loss_curves(rule, held_out)
+    assert torch.equal(curves[1:6], estimate.rollout.losses)
+    assert float(estimate.surrogate.detach()) == pytest.approx(float(curves[1:6].sum(0).mean()), rel=1e-6)

@@ -1,0 +1,116 @@
+"""Every command and every piece of Python in the README works as it stands there (with smaller numbers)."""
+
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from l2l_scale.cli.main import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    line
+    for kind, text in BLOCKS
+    if kind == "bash"
+    for line in text.splitlines()
+    if line.startswith("l2l-scale")
+]
+INLINE = re.findall(r"`(l2l-scale [^`…]+)`", README)
+SCRIPTS = re.findall(
+    r"^scripts/\w+", "\n".join(text for kind, text in BLOCKS if kind == "bash"), re.MULTILINE
+)
+
+SMALL = {
+    "fit": ["--trainer.max_steps", "2", "--data.slots", "2", "--data.windows_per_epoch", "2"],
+    "evaluate": [
+        *(
+            "--evaluation.num_tasks",
+            "4",
+            "--evaluation.num_tuning_tasks",
+            "4",
+            "--evaluation.baselines",
+            "[SGD]",
+        ),
+        *("--evaluation.num_shift_tasks", "4", "--evaluation.num_shift_tuning_tasks", "4"),
+        *(
+            "--evaluation.num_reference_tasks",
+            "2",
+            "--evaluation.inner_steps",
+            "100",
+            "--evaluation.cache",
+            "false",
+        ),
+    ],
+    "export": [],
+}
+SMALL["tune"] = SMALL["evaluate"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder like a fresh clone, in which the README's examples run one after another."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _in_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("L2L_SCALE_RUN_DIR", raising=False)
+
+
+def run(command: str) -> None:
+    _, name, *arguments = shlex.split(command, comments=True)
+    main([name, *arguments, *SMALL[name]])
+
+
+@pytest.mark.parametrize("command", COMMANDS + INLINE)
+def test_command_runs(command, monkeypatch):
+    if "--ckpt_path last" in command:
+        monkeypatch.setitem(SMALL, "fit", ["--trainer.max_steps", "4"])
+    run(command)
+
+
+def test_the_commands_are_found():
+    assert [shlex.split(command)[1] for command in COMMANDS] == ["fit", "evaluate", "tune", "export"]
+    assert any("--ckpt_path last" in command for command in INLINE)
+
+
+def test_scripts_exist():
+    assert SCRIPTS == ["scripts/quickstart", "scripts/test"]
+    assert all(os.access(ROOT / script, os.X_OK) for script in SCRIPTS)
+
+
+def test_python_runs(folder):
+    """The blocks build on each other, as a reader would type them."""
+    rule = folder / "runs" / "quickstart" / "rule.safetensors"
+    if not rule.exists():
+        main(["fit", "-c", "configs/smoke.yaml", "--run_dir", str(rule.parent), *SMALL["fit"]])
+    source = "\n".join(text for kind, text in BLOCKS if kind == "python")
+    exec(compile(source, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_pictures_exist():
+    assert all((ROOT / path).is_file() for path in re.findall(r"!\[.*?\]\(([^)]*)\)", README))
+
+
+def test_table_of_configs_is_complete():
+    listed = set(re.findall(r"^\| `(\w+\.yaml)`", README, re.MULTILINE))
+    assert listed == {path.name for path in ROOT.glob("configs/*.yaml")}
+
+
+def test_a_task_of_ones_own_can_be_named_in_a_configuration(folder, monkeypatch, capsys):
+    source = next(text for kind, text in BLOCKS if kind == "python" and "ModuleTask(" in text)
+    source += "\nfrom l2l_scale.tasks import TaskFamily\ndef sines() -> TaskFamily:\n    return family\n"
+    (folder / "sines.py").write_text(source)
+    monkeypatch.syspath_prepend(str(folder))
+    arguments = ["--data.family=sines.sines", "--model.rule=CoordinatewiseLSTM", "--run_dir=runs/sines"]
+    main(["fit", *arguments, "--data.horizon=20", *SMALL["fit"]])
+    assert "2 meta-steps" in capsys.readouterr().out
+    sys.modules.pop("sines")

@@ -75,7 +75,7 @@ class InnerGradient(Enum):
 _CEILING = 1e8
 
 
-def begin(rule: UpdateRule, batch: WindowBatch, carry: Carry | None) -> Carry:
+def begin(rule: UpdateRule, batch: WindowBatch, carry: Carry | None, restart_diverged: bool = True) -> Carry:
     """Start new trajectories where the batch says so, and where the previous window diverged.
 
     What goes on is cut from its graph: this is where backpropagation is truncated.
@@ -84,12 +84,14 @@ def begin(rule: UpdateRule, batch: WindowBatch, carry: Carry | None) -> Carry:
         rule: the rule whose state is started.
         batch: the window to come.
         carry: from the window before; None at the very start (then all slots start).
+        restart_diverged: training does; in validation and evaluation what diverged stays so, as a result.
     """
     start_loss = torch.full_like(batch.theta0[:, 0], torch.nan)
     fresh = Carry(batch.theta0, rule.init_state(batch.theta0), start_loss, torch.zeros_like(batch.reset))
     if carry is None:
         return fresh
-    started: Carry = tree_where(batch.reset | carry.diverged, fresh, tree_detach(carry))
+    starts = batch.reset | carry.diverged if restart_diverged else batch.reset
+    started: Carry = tree_where(starts, fresh, tree_detach(carry))
     return started
 
 

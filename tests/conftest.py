@@ -32,6 +32,14 @@ def shared_data(name: str) -> str:
     return str(SHARED / name)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep results of tuning out of the user's cache, and the user's out of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def double() -> Iterator[torch.dtype]:
     """Make float64 the default for what the test creates."""

@@ -62,7 +62,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _in_folder(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    monkeypatch.delenv("L2L_SCALE_RUN_DIR", raising=False)
 
 
 def run(command: str) -> None:
@@ -96,6 +95,10 @@ def test_python_runs(folder):
     exec(compile(source, "README.md", "exec"), {"__name__": "readme"})
 
 
+def test_nothing_is_left_to_fill_in():
+    assert "@@" not in README
+
+
 def test_pictures_exist():
     assert all((ROOT / path).is_file() for path in re.findall(r"!\[.*?\]\(([^)]*)\)", README))
 
@@ -105,11 +108,10 @@ def test_table_of_configs_is_complete():
     assert listed == {path.name for path in ROOT.glob("configs/*.yaml")}
 
 
-def test_a_task_of_ones_own_can_be_named_in_a_configuration(folder, monkeypatch, capsys):
+def test_a_task_of_ones_own_can_be_named_in_a_configuration(folder, capsys):
     source = next(text for kind, text in BLOCKS if kind == "python" and "ModuleTask(" in text)
     source += "\nfrom l2l_scale.tasks import TaskFamily\ndef sines() -> TaskFamily:\n    return family\n"
     (folder / "sines.py").write_text(source)
-    monkeypatch.syspath_prepend(str(folder))
     arguments = ["--data.family=sines.sines", "--model.rule=CoordinatewiseLSTM", "--run_dir=runs/sines"]
     main(["fit", *arguments, "--data.horizon=20", *SMALL["fit"]])
     assert "2 meta-steps" in capsys.readouterr().out

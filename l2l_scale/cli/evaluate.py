@@ -8,6 +8,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from l2l_scale.cli.experiment import Reader
 from l2l_scale.cli.export import read_rule
+from l2l_scale.deploy import classes_of
 from l2l_scale.evaluation import evaluate
 from l2l_scale.optimizers import UpdateRule
 
@@ -53,7 +54,8 @@ class Evaluate(Reader):
 
     def rules(self) -> dict[str, UpdateRule]:
         """The learned rules by name; they may be of the classes that the configuration names."""
-        return {name: read_rule(path, own=self.config_init.model.rule) for name, path in self.files().items()}
+        classes = classes_of(self.config_init.model.rule)
+        return {name: read_rule(path, classes) for name, path in self.files().items()}
 
     def out(self) -> Path:
         """The report's folder."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
+import warnings
 from abc import abstractmethod
 from argparse import ArgumentError
 from pathlib import Path
@@ -57,7 +57,8 @@ class Experiment(LightningCLI):
     def __init__(self, arguments: list[str]) -> None:
         for name in ("lightning.pytorch", "lightning.fabric"):
             logging.getLogger(name).setLevel(logging.WARNING)  # we say what runs ourselves
-        sys.argv = sys.argv[:1]  # else LightningCLI warns that arguments come from two places
+        # sys.argv must stay: the processes that Lightning starts for more devices are made from it.
+        warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
         super().__init__(
             MetaTraining,
             WindowData,

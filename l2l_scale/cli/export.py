@@ -5,12 +5,13 @@ from __future__ import annotations
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
 
-from l2l_scale.deploy import build_rule, classes_of, load_rule, save_rule
+from l2l_scale.deploy import build_rule, load_rule, save_rule
 from l2l_scale.optimizers import UpdateRule
 from l2l_scale.training.checkpoint import KEY
 
@@ -25,16 +26,36 @@ def run(arguments: list[str]) -> None:
     parser.add_argument(
         "--out", type=str | None, default=None, help="file to write; rule.safetensors of the run if not given"
     )
+    parser.add_argument(
+        "--classes", type=list[str], default=[], help="your own classes that the rule is made of: [my.Rule]"
+    )
     config = parser.parse_args(arguments)
     checkpoint = Path(config.checkpoint)
     if checkpoint.is_dir():
         checkpoint = checkpoint / "checkpoints" / "best.ckpt"
-    out = Path(config.out) if config.out else checkpoint.parent.parent / "rule.safetensors"
-    print(export_rule(checkpoint, out))
+    default = checkpoint.with_suffix(".safetensors")
+    if checkpoint.parent.name == "checkpoints":
+        default = checkpoint.parent.parent / "rule.safetensors"
+    classes = [find_class(name) for name in config.classes]
+    print(export_rule(checkpoint, Path(config.out) if config.out else default, classes))
 
 
-def export_rule(checkpoint: Path, out: Path, own: UpdateRule | None = None) -> Path:
-    """Write the rule of a checkpoint to ``out``; ``own`` as in :func:`read_rule`.
+def find_class(path: str) -> type:
+    """Import a class that the user named, as ``module.Class``.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    found = locate(path)
+    if not isinstance(found, type):
+        raise ValueError(
+            f"classes ({path}): there is no such class; write module.Class, as in a configuration"
+        )
+    return found
+
+
+def export_rule(checkpoint: Path, out: Path, classes: Sequence[type] = ()) -> Path:
+    """Write the rule of a checkpoint to ``out``; ``classes`` as in :func:`read_rule`.
 
     Raises:
         ValueError: if there is no such checkpoint, or it is not one of ours.
@@ -45,21 +66,20 @@ def export_rule(checkpoint: Path, out: Path, own: UpdateRule | None = None) -> P
         "family": saved["family"],
         "meta_steps": content["global_step"],
     }
-    return save_rule(rule_of(content, [] if own is None else classes_of(own)), out, metadata=notes)
+    return save_rule(rule_of(content, classes), out, metadata=notes)
 
 
-def read_rule(path: Path, own: UpdateRule | None = None) -> UpdateRule:
+def read_rule(path: Path, classes: Sequence[type] = ()) -> UpdateRule:
     """The rule in an exported file or in a checkpoint, whichever ``path`` is.
 
     Args:
         path: the file.
-        own: a rule whose classes the file may name besides the package's own.
+        classes: what the file may name besides the package's own classes.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is neither.
     """
-    classes = [] if own is None else classes_of(own)
     return rule_of(read_checkpoint(path), classes) if path.suffix == ".ckpt" else load_rule(path, classes)
 
 

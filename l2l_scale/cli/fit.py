@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
 import warnings
 from pathlib import Path
@@ -18,9 +16,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from l2l_scale.cli.experiment import Experiment
 from l2l_scale.cli.export import export_rule
+from l2l_scale.cli.run_folder import choose_folder, find_checkpoint, keep_metrics
+from l2l_scale.deploy import classes_of
 from l2l_scale.training import MetaStepBar, TrajectoryMetrics
-
-RUN_DIR_VARIABLE = "L2L_SCALE_RUN_DIR"  # how the processes that Lightning starts learn the folder
 
 
 class Fit(Experiment):
@@ -60,19 +58,30 @@ class Fit(Experiment):
             own.append(MetaStepBar())
         self.trainer_defaults["callbacks"] = own
         if self.config.trainer.logger in (None, True):
-            kwargs["logger"] = CSVLogger(self.folder, name="", version="", flush_logs_every_n_steps=20)
+            kwargs["logger"] = CSVLogger(self.folder, name="", version="", flush_logs_every_n_steps=1)
         return super().instantiate_trainer(**kwargs)
 
     def train(self) -> None:
         """Train, then export the best rule and say what comes next."""
         trainer, started = self.trainer, time.perf_counter()
-        trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.ckpt_path)
+        check_rhythm(trainer.max_steps, self.datamodule.windows_per_epoch)
+        if trainer.is_global_zero:
+            keep_metrics(self.folder)  # before Lightning sets its logger up, which deletes them
+        try:
+            trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.ckpt_path)
+        except SystemExit as stop:  # Lightning's answer to Ctrl-C
+            if trainer.interrupted:
+                print(f"stopped; to go on: l2l-scale fit -c {self.folder / 'config.yaml'} --ckpt_path last")
+                raise KeyboardInterrupt from stop
+            raise
         if trainer.is_global_zero:
             self.finish(time.perf_counter() - started)
 
     def save_config(self) -> None:
         """Write the configuration, all defaults included, so that every command takes it again."""
         config = self.config.clone()
+        if config.checkpoint.dirpath == str(self.folder / "checkpoints"):
+            config.checkpoint.dirpath = None  # else a run from this file would write into this folder
         for option in ("config", "overwrite", "ckpt_path"):
             config.pop(option, None)
         text = self.parser.dump(config, skip_none=False, skip_validation=True)
@@ -95,7 +104,7 @@ class Fit(Experiment):
         if not best.is_file():
             print("no checkpoint was written (no validation came, or trainer.enable_checkpointing is false)")
             return
-        rule = export_rule(best, self.folder / "rule.safetensors", own=self.model.rule)
+        rule = export_rule(best, self.folder / "rule.safetensors", classes_of(self.model.rule))
         print(f"best rule by {self.config.checkpoint.monitor}: {rule}")
         print(f"next: l2l-scale evaluate -c {self.folder / 'config.yaml'}")
 
@@ -107,73 +116,24 @@ class RunFolder(Callback):
         self.fit = fit
 
     @rank_zero_only
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the configuration and say what is about to run."""
         self.fit.save_config()
-        keep_metrics(self.fit.folder)
         print(self.fit.headline(), flush=True)
 
 
-def choose_folder(wish: str | None, name: str, resumes: bool, overwrite: bool) -> Path:
-    """The run folder; a fresh numbered one where none is wished for.
+def check_rhythm(max_steps: int, windows_per_epoch: int) -> None:
+    """Checkpoints are written at the ends of epochs, so a run must end with one.
 
     Raises:
-        ValueError: if the folder has a run in it that is neither resumed nor to be overwritten.
+        ValueError: if meta-steps would be left over.
     """
-    if RUN_DIR_VARIABLE in os.environ:
-        return Path(os.environ[RUN_DIR_VARIABLE])
-    folder = Path(wish) if wish else _fresh(Path("runs"), name)
-    if folder.exists() and any(folder.iterdir()) and not resumes:
-        if not overwrite:
-            raise ValueError(
-                f"run_dir ({folder}) is not empty; resume it with --ckpt_path last, replace it with "
-                "--overwrite true, or choose another folder"
-            )
-        _empty(folder)
-    os.environ[RUN_DIR_VARIABLE] = str(folder)
-    return folder
-
-
-def keep_metrics(folder: Path) -> None:
-    """Put the metrics of a run that is resumed out of the way: the logger starts its file anew."""
-    metrics, number = folder / "metrics.csv", 1
-    while (kept := folder / f"metrics-{number}.csv").exists():
-        number += 1
-    if metrics.exists():
-        metrics.rename(kept)
-
-
-@rank_zero_only
-def _empty(folder: Path) -> None:
-    """Delete a run; only what a run writes, so that a mistyped folder loses nothing else."""
-    for name in ("checkpoints", "evaluation"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for path in (folder / "config.yaml", folder / "rule.safetensors", *folder.glob("metrics*.csv")):
-        path.unlink(missing_ok=True)
-
-
-def _fresh(parent: Path, name: str) -> Path:
-    folder, number = parent / name, 1
-    while folder.exists():
-        number += 1
-        folder = parent / f"{name}-{number}"
-    return folder
-
-
-def find_checkpoint(wish: str | None, folder: Path) -> str | None:
-    """The checkpoint to resume from.
-
-    Raises:
-        ValueError: if it does not exist.
-    """
-    if wish is None:
-        return None
-    path = folder / "checkpoints" / "last.ckpt" if wish == "last" else Path(wish)
-    if not path.is_file():
+    if max_steps > 0 and max_steps % windows_per_epoch:
+        full = max(max_steps // windows_per_epoch, 1) * windows_per_epoch
         raise ValueError(
-            f"ckpt_path ({wish}): there is no checkpoint {path}; run folders keep theirs in checkpoints/"
+            f"trainer.max_steps ({max_steps}) must be a multiple of data.windows_per_epoch "
+            f"({windows_per_epoch}), or the last meta-steps would be in no checkpoint; {full} is one"
         )
-    return str(path)
 
 
 def run(arguments: list[str]) -> None:

@@ -7,6 +7,7 @@ from argparse import ArgumentError
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 
 COMMANDS = {
     "fit": "meta-train an update rule",
@@ -35,6 +36,8 @@ def main(args: Sequence[str] | None = None) -> None:
     if arguments[0] == "--version":
         print(f"l2l-scale {version('l2l_scale')}")
         return
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # your own tasks and rules, as with python -m
     try:
         run(arguments[0], arguments[1:])
     except KeyboardInterrupt:

@@ -28,6 +28,9 @@ class GradientEstimator(ABC):
     DDP's all-reduce, clipping and accumulation work for every estimator.
     """
 
+    def check_horizon(self, horizon: int) -> None:  # noqa: B027 - most estimators take any horizon
+        """Raise ``ValueError`` if this estimator was made for another horizon."""
+
     @abstractmethod
     def __call__(self, rule: UpdateRule, family: TaskFamily, carry: Carry, batch: WindowBatch) -> Estimate:
         """Unroll the window from ``carry`` (see :func:`l2l_scale.unroll.begin`)."""

@@ -26,6 +26,10 @@ class TruncatedBPTT(GradientEstimator):
         self.mode = InnerGradient.SECOND_ORDER if second_order else InnerGradient.FIRST_ORDER
         self.meta_loss = SumLoss() if meta_loss is None else meta_loss
 
+    def check_horizon(self, horizon: int) -> None:
+        """Raise ``ValueError`` if the meta-loss was made for another horizon."""
+        self.meta_loss.step_weights(horizon)
+
     def __call__(self, rule: UpdateRule, family: TaskFamily, carry: Carry, batch: WindowBatch) -> Estimate:
         """The mean meta-loss of the slots that did not diverge."""
         rollout = unroll(rule, family, carry, batch, self.mode)

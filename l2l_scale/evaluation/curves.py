@@ -155,17 +155,16 @@ def _trajectories(rule: UpdateRule, held_out: HeldOut, windows: Iterator[WindowB
     carry: Carry | None = None
     losses: list[Tensor] = []
     for batch in windows:
-        carry = begin(rule, batch, carry)
+        carry = begin(rule, batch, carry, restart_diverged=False)
         rollout = unroll(rule, held_out.split_family, carry, batch, InnerGradient.NONE)
         if not losses:
             losses.append(rollout.carry.start_loss[None])
         losses.append(rollout.losses)
-        # In training a diverged slot starts again; here it must not: its losses are the result.
-        carry = rollout.carry._replace(diverged=torch.zeros_like(rollout.carry.diverged))
-    return _stay_astray(torch.cat(losses)[: held_out.inner_steps + 1])
+        carry = rollout.carry
+    return stay_astray(torch.cat(losses)[: held_out.inner_steps + 1])
 
 
-def _stay_astray(curves: Tensor) -> Tensor:
+def stay_astray(curves: Tensor) -> Tensor:
     """+inf from the first non-finite loss on; (T + 1, S)."""
     astray = (~curves.isfinite()).cummax(0).values
     return curves.masked_fill(astray, torch.inf)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch.utils.data import Dataset
-
 from l2l_scale.checks import check_count
 from l2l_scale.sampling.sampler import WindowSampler
 from l2l_scale.unroll import WindowBatch
@@ -26,7 +24,7 @@ class WindowLoader:
     def __init__(self, sampler: WindowSampler, slots: range, windows_per_epoch: int) -> None:
         check_count("windows_per_epoch", windows_per_epoch)
         check_count("slots", len(slots))
-        self.sampler, self.slots, self.windows_per_epoch = sampler, slots, windows_per_epoch
+        self.draw_window, self.slots, self.windows_per_epoch = sampler, slots, windows_per_epoch
         self.next_index = 0
 
     def __len__(self) -> int:
@@ -35,7 +33,7 @@ class WindowLoader:
     def __iter__(self) -> Iterator[WindowBatch]:
         # A resumed epoch ends where the interrupted one would have ended.
         for _ in range(self.windows_per_epoch - self.next_index % self.windows_per_epoch):
-            window = self.sampler(self.next_index, self.slots)
+            window = self.draw_window(self.next_index, self.slots)
             self.next_index += 1
             yield window.to_batch()
 
@@ -48,8 +46,10 @@ class WindowLoader:
         self.next_index = state["next_index"]
 
 
-class WindowDataset(Dataset[WindowBatch]):
-    """The first windows of some slots, always the same: for validation.
+class FixedWindows:
+    """The first windows of some slots, the same ones every time: for validation.
+
+    No ``DataLoader``, so that Lightning does not deal the windows of a trajectory out over the ranks.
 
     Args:
         sampler: draws the windows.
@@ -58,13 +58,10 @@ class WindowDataset(Dataset[WindowBatch]):
     """
 
     def __init__(self, sampler: WindowSampler, slots: range, windows: int) -> None:
-        self.sampler, self.slots, self.windows = sampler, slots, windows
+        self.draw_window, self.slots, self.windows = sampler, slots, windows
 
     def __len__(self) -> int:
         return self.windows
 
-    def __getitem__(self, index: int) -> WindowBatch:
-        """Window ``index``."""
-        if not 0 <= index < self.windows:
-            raise IndexError(index)
-        return self.sampler(index, self.slots).to_batch()
+    def __iter__(self) -> Iterator[WindowBatch]:
+        return (self.draw_window(index, self.slots).to_batch() for index in range(self.windows))

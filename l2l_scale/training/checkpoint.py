@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from l2l_scale.deploy import describe_rule
+from l2l_scale.training.data import WindowData
 from l2l_scale.tree import tree_leaves, tree_map, tree_unflatten
 from l2l_scale.unroll import Carry
 
@@ -24,8 +25,11 @@ def save(checkpoint: dict[str, Any], module: MetaTraining) -> None:
     checkpoint[KEY] = {
         "rule": describe_rule(module.rule),
         "family": repr(module.family),
+        "data": _describe_data(module),
         "next_window": module.next_window,
-        "windows_astray": module.windows_astray,
+        "windows_lost": module.windows_lost,
+        "num_diverged": module.num_diverged,
+        "num_skipped": module.num_skipped,
         "carry": None if module.carry is None else tree_leaves(_gather(module, module.carry)),
     }
 
@@ -34,25 +38,27 @@ def load(checkpoint: dict[str, Any], module: MetaTraining) -> None:
     """Take up the in-flight state in this rank's slots.
 
     Raises:
-        ValueError: if the checkpoint is not ours, or is one of another rule.
+        ValueError: if the checkpoint is not ours, or is one of another rule or other data.
     """
     if KEY not in checkpoint:
         raise ValueError(
             "this checkpoint was not written by l2l_scale; give one of a run folder's checkpoints/"
         )
     saved = checkpoint[KEY]
-    difference = first_difference(saved["rule"], describe_rule(module.rule))
+    difference = first_difference(saved["rule"], describe_rule(module.rule), "rule")
+    difference = difference or first_difference(saved["data"], _describe_data(module), "data")
     if difference:
         raise ValueError(
-            f"the checkpoint is one of another rule: {difference}. Resume with the run's own config.yaml, or "
+            f"the checkpoint is one of another run: {difference}. Resume with the run's own config.yaml, or "
             "start a new run without --ckpt_path"
         )
-    module.next_window, module.windows_astray = saved["next_window"], saved["windows_astray"]
+    for name in ("next_window", "windows_lost", "num_diverged", "num_skipped"):
+        setattr(module, name, saved[name])
     if saved["carry"] is not None:
         module.carry = _restore(saved["carry"], module)
 
 
-def first_difference(saved: Any, now: Any, path: str = "rule") -> str:
+def first_difference(saved: Any, now: Any, path: str) -> str:
     """Name the first entry in which two nested descriptions differ; empty if they are equal."""
     if isinstance(saved, dict) and isinstance(now, dict):
         for key in sorted(saved.keys() | now.keys()):
@@ -61,6 +67,12 @@ def first_difference(saved: Any, now: Any, path: str = "rule") -> str:
                 return found
         return ""
     return "" if saved == now else f"{path} is {saved!r} there and {now!r} here"
+
+
+def _describe_data(module: MetaTraining) -> dict[str, Any]:
+    """What the windows depend on; nothing where they do not come from our data module."""
+    data = module.trainer.datamodule  # type: ignore[attr-defined]
+    return data.describe(module.trainer.world_size) if isinstance(data, WindowData) else {}
 
 
 def _gather(module: MetaTraining, carry: Carry) -> Carry:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import lightning as L
-from torch.utils.data import DataLoader
 
 from l2l_scale.checks import check_count
 from l2l_scale.rng import Split
-from l2l_scale.sampling import Schedule, WindowDataset, WindowLoader, WindowSampler
+from l2l_scale.sampling import FixedWindows, Schedule, WindowLoader, WindowSampler
 from l2l_scale.tasks import TaskFamily
-from l2l_scale.unroll import WindowBatch
 
 
 class WindowData(L.LightningDataModule):
@@ -59,9 +58,20 @@ class WindowData(L.LightningDataModule):
         slots = range(rank * self.slots, (rank + 1) * self.slots)
         return WindowLoader(sampler, slots, self.windows_per_epoch)
 
-    def val_dataloader(self) -> DataLoader[WindowBatch]:
-        """The windows of one trajectory on every held-out task, in lockstep; the same ones every time."""
+    def val_dataloader(self) -> FixedWindows:
+        """One trajectory on every validation task, in lockstep; the same every time and on every rank."""
         lockstep = replace(self.schedule, staggered=False)
         sampler = WindowSampler(self.family.for_split(Split.VALID), lockstep, self.seed, Split.VALID)
-        windows = WindowDataset(sampler, range(self.valid_tasks), lockstep.windows_per_trajectory)
-        return DataLoader(windows, batch_size=None)
+        return FixedWindows(sampler, range(self.valid_tasks), lockstep.windows_per_trajectory)
+
+    def describe(self, world_size: int) -> dict[str, Any]:
+        """What the stream of windows depends on; a run can only be resumed with the same."""
+        schedule = self.schedule
+        return {
+            "family": repr(self.family),
+            "horizon": schedule.horizon,
+            "window": schedule.window,
+            "staggered": schedule.staggered,
+            "slots of all ranks": self.slots * world_size,
+            "seed": self.seed,
+        }

@@ -19,7 +19,15 @@ class TrajectoryMetrics(Callback):
     - ``train/loss_at/T``: the loss at the end of the windows that end at inner step T. Slots are at
       different points of their trajectories, so only losses of one phase are comparable over time;
     - ``train/update_rms``: root mean square of the last updates;
-    - ``train/diverged``: share of slots that diverged in the window.
+    - ``train/diverged``: share of slots that diverged in the window;
+
+    - ``train/num_diverged``: how many times a slot diverged since the start of the run;
+    - ``train/num_skipped``: how many meta-steps were dropped because their gradient was not finite;
+    - ``train/grad_norm``: norm of the last gradient of φ, before clipping;
+    - ``train/learning_rate``: of Adam on φ.
+
+    A slot that diverged starts again at once, in the middle of its scheduled trajectory; until the next
+    one it counts under the schedule's inner step, not its own.
     """
 
     def on_train_batch_end(
@@ -27,17 +35,27 @@ class TrajectoryMetrics(Callback):
     ) -> None:
         """Log the window that was just trained on."""
         assert isinstance(pl_module, MetaTraining)
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            window: StepOutput = outputs["window"]
-            pl_module.log("train/diverged", window.diverged.float().mean())
-            pl_module.log_dict(trajectory_metrics(window))
-            pl_module.log("loss", window.losses[:, ~window.diverged].mean(), prog_bar=True, logger=False)
+        if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        window: StepOutput = outputs["window"]
+        metrics = {
+            **trajectory_metrics(window),
+            "train/num_diverged": float(pl_module.num_diverged),
+            "train/num_skipped": float(pl_module.num_skipped),
+            "train/grad_norm": float(pl_module.grad_norm),
+            "train/learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+        }
+        # Past Lightning's self.log: that counts batches in its own way, one off in a resumed run.
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+        pl_module.log("loss", metrics["train/loss"], prog_bar=True, logger=False)
 
 
 def trajectory_metrics(window: StepOutput) -> dict[str, float]:
     """The numbers of one window, over the slots that did not diverge."""
     alive = ~window.diverged
     metrics = {
+        "train/diverged": float(window.diverged.float().mean()),
         "train/loss": float(window.losses[:, alive].mean()),
         "train/update_rms": float(window.update_rms[alive].mean()),
     }

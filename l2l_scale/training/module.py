@@ -11,11 +11,14 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from l2l_scale.checks import check_count, check_positive, check_range
+from l2l_scale.deploy import describe_rule
 from l2l_scale.estimators import GradientEstimator, TruncatedBPTT
+from l2l_scale.evaluation.curves import stay_astray
 from l2l_scale.optimizers import UpdateRule
 from l2l_scale.rng import Split
 from l2l_scale.tasks import TaskFamily
 from l2l_scale.training import checkpoint as inflight
+from l2l_scale.training.data import WindowData
 from l2l_scale.tree import tree_detach
 from l2l_scale.unroll import Carry, InnerGradient, Rollout, WindowBatch, begin, unroll
 
@@ -64,7 +67,7 @@ class MetaTraining(L.LightningModule):
         check_count("divergence_patience", divergence_patience)
         check_range("final_fraction", final_fraction, 0, 1)
         self.rule = rule
-        self.family = family
+        self.family = family.for_split(Split.TRAIN)
         self.valid_family = family.for_split(Split.VALID)
         self.estimator = TruncatedBPTT() if estimator is None else estimator
         self.learning_rate, self.final_fraction = learning_rate, final_fraction
@@ -72,9 +75,29 @@ class MetaTraining(L.LightningModule):
         # In-flight state. Not buffers: DDP would overwrite every rank's slots with those of rank 0.
         self.carry: Carry | None = None
         self.next_window = 0
-        self.windows_astray = 0
+        self.windows_lost = 0
+        self.num_diverged = 0
+        self.num_skipped = 0
+        self.grad_norm = torch.tensor(torch.nan)
         self.valid_carry: Carry | None = None
         self.valid_losses: list[Tensor] = []
+
+        describe_rule(rule)  # a rule that no file can describe is refused now, not at the first checkpoint
+
+    def setup(self, stage: str) -> None:
+        """Refuse what cannot work, before anything is computed.
+
+        Raises:
+            ValueError: for mixed precision, or a meta-loss made for another horizon.
+        """
+        if self.trainer.precision not in ("32-true", "64-true"):
+            raise ValueError(
+                f"trainer.precision ({self.trainer.precision}) must be 32-true or 64-true: inner gradients "
+                "span ten orders of magnitude and are the rule's input, so they underflow in 16 bits"
+            )
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, WindowData):
+            self.estimator.check_horizon(data.schedule.horizon)
 
     def on_fit_start(self) -> None:
         """Put resident data on the device."""
@@ -87,38 +110,30 @@ class MetaTraining(L.LightningModule):
         estimate = self.estimator(self.rule, self.family, begin(self.rule, batch, self.carry), batch)
         rollout: Rollout = tree_detach(estimate.rollout)
         self.carry, self.next_window = rollout.carry, batch.window_index + 1
-        lost = rollout.carry.diverged.all() | ~estimate.surrogate.detach().isfinite()
-        self._stop_if_lost(bool(lost))
+        diverged = int(rollout.carry.diverged.sum())
+        self.num_diverged += diverged
+        self._stop_if_lost(diverged == len(rollout.carry.theta) or not bool(estimate.surrogate.isfinite()))
         output = StepOutput(rollout.losses, batch.inner_step, rollout.carry.diverged, rollout.update_rms)
         return {"loss": estimate.surrogate, "window": output}
 
     def _stop_if_lost(self, lost: bool) -> None:
-        self.windows_astray = self.windows_astray + 1 if lost else 0
-        if self.windows_astray >= self.divergence_patience:
+        self.windows_lost = self.windows_lost + 1 if lost else 0
+        if self.windows_lost >= self.divergence_patience:
             raise DivergedError(
                 f"every task diverged, or the meta-loss was not finite, in each of the last "
-                f"{self.windows_astray} windows, so nothing can be learned. Make the first updates smaller "
+                f"{self.windows_lost} windows, so nothing can be learned. Make the first updates smaller "
                 "(rule: output_scale or the head's scale), the window shorter (data.window) or the "
                 "meta-learning rate lower (model.learning_rate); LogLoss needs losses that are not negative"
             )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the gradient's norm; drop a gradient that is not finite, so that φ never becomes NaN."""
+        """Drop a gradient that is not finite, so that φ never becomes NaN."""
         grads = [param.grad for param in self.parameters() if param.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        finite = bool(norm.isfinite())
-        if not finite:
+        self.grad_norm = torch.nn.utils.get_total_norm(grads)
+        if not self.grad_norm.isfinite():
+            self.num_skipped += 1
             for param in self.parameters():
                 param.grad = None  # Adam leaves such parameters and their moments alone
-        if self.is_logging_step or not finite:
-            self.log("train/grad_norm", norm)
-            self.log("train/skipped", float(not finite))
-
-    @property
-    def is_logging_step(self) -> bool:
-        """Whether this meta-step is one of those that are logged."""
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return (self.global_step + 1) % every == 0
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Adam on φ, its learning rate falling along a cosine over the run."""
@@ -142,17 +157,15 @@ class MetaTraining(L.LightningModule):
 
     def validation_step(self, batch: WindowBatch, batch_idx: int) -> None:
         """One window of the held-out tasks; what diverged stays astray."""
-        if self.valid_carry is not None:
-            still = torch.zeros_like(self.valid_carry.diverged)
-            self.valid_carry = self.valid_carry._replace(diverged=still)
-        carry = begin(self.rule, batch, self.valid_carry)
+        carry = begin(self.rule, batch, self.valid_carry, restart_diverged=False)
         rollout = unroll(self.rule, self.valid_family, carry, batch, InnerGradient.NONE)
         self.valid_carry = rollout.carry
         self.valid_losses.append(rollout.losses)
 
     def on_validation_epoch_end(self) -> None:
         """Log what the trajectories of the held-out tasks came to."""
-        losses = torch.cat(self.valid_losses).nan_to_num(nan=torch.inf)
+        losses = stay_astray(torch.cat(self.valid_losses))
+        self.log("step", float(self.global_step))  # Lightning's own count is one off in a resumed run
         self.log("valid/sum", losses.sum(0).mean(), sync_dist=True)
         self.log("valid/final", losses[-1].mean(), prog_bar=True, sync_dist=True)
         self.log("valid/final_median", losses[-1].median(), sync_dist=True)

@@ -1,8 +1,11 @@
 """The command line as a user meets it; errors are one clear message, never a traceback."""
 
 import json
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,20 +15,18 @@ from l2l_scale.cli.main import COMMANDS, main
 ROOT = Path(__file__).parents[2]
 SMOKE = str(ROOT / "configs" / "smoke.yaml")
 BASE = ["--model.rule=CoordinatewiseLSTM", "--data.family=Quadratic"]
-
-
-@pytest.fixture(autouse=True)
-def _no_run_folder(monkeypatch):
-    monkeypatch.delenv("L2L_SCALE_RUN_DIR", raising=False)
+IMAGES = ["--data.family=ImageClassifier"]
+WEIGHTS = [
+    *("--model.estimator=TruncatedBPTT", "--model.estimator.meta_loss=SumLoss"),
+    "--model.estimator.meta_loss.weights=[1,2,3]",
+]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run folder of the smoke config."""
     folder = tmp_path_factory.mktemp("runs") / "smoke"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("L2L_SCALE_RUN_DIR", raising=False)
-        main(["fit", "-c", SMOKE, "--run_dir", str(folder), "--trainer.enable_progress_bar=false"])
+    main(["fit", "-c", SMOKE, "--run_dir", str(folder), "--trainer.enable_progress_bar=false"])
     return folder
 
 
@@ -55,6 +56,11 @@ def fails(arguments, capsys, code=2) -> str:
         (["fit", *BASE, "--ckpt_path=no.ckpt"], "there is no checkpoint no.ckpt"),
         (["fit", *BASE, "--run_dir=runs/no", "--ckpt_path=last"], "runs/no/checkpoints/last.ckpt"),
         (["fit", *BASE, "--trainer.max_steps=-1"], "trainer.max_steps (-1) must be > 0"),
+        (["fit", *BASE, "--trainer.max_steps=150"], "must be a multiple of data.windows_per_epoch (100)"),
+        (["fit", *BASE, "--trainer.precision=16-mixed"], "must be 32-true or 64-true: inner gradients"),
+        (["fit", *BASE, "--ckpt_path=last", "--overwrite=true"], "give one of them"),
+        (["fit", BASE[0], *IMAGES, "--data.family.dataset=./nosuch"], "nosuch"),
+        (["fit", *BASE, *WEIGHTS], "weights (3 numbers) must have one number per inner step"),
         (["export", "no.ckpt"], "there is no checkpoint no.ckpt"),
         (["evaluate", "-c", SMOKE, "--rule=no.safetensors"], "no.safetensors"),
         (["evaluate", "-c", SMOKE, "--evaluation.num_tasks=-3"], "num_tasks (-3)"),
@@ -83,10 +89,79 @@ def test_folder_with_a_run_is_not_written_over_unasked(trained, capsys):
     assert "--overwrite true" in error
 
 
-def test_finished_run_can_be_resumed_to_more_meta_steps(trained, capsys):
-    config = str(trained / "config.yaml")
-    main(["fit", "-c", config, "--ckpt_path", "last", "--trainer.max_steps", "60"])
-    assert "(60 meta-steps)" in capsys.readouterr().out
+@pytest.fixture
+def copied(trained, tmp_path):
+    """A copy of the run, to be changed."""
+    shutil.copytree(trained, tmp_path / "copy")
+    text = (trained / "config.yaml").read_text()
+    (tmp_path / "copy" / "config.yaml").write_text(text.replace(str(trained), str(tmp_path / "copy")))
+    return tmp_path / "copy"
+
+
+def files_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_finished_run_can_be_resumed_to_more_meta_steps_and_keeps_its_metrics(copied, capsys):
+    before = (copied / "metrics.csv").read_bytes()
+    config = str(copied / "config.yaml")
+    main(["fit", "-c", config, "--ckpt_path", "last", "--trainer.max_steps", "75"])
+    assert "(75 meta-steps)" in capsys.readouterr().out
+    assert (copied / "metrics-1.csv").read_bytes() == before
+    assert "\n60," in (copied / "metrics.csv").read_text().replace("2,60", "60")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (["--data.slots", "8"], "data.slots of all ranks is 16 there and 8 here"),
+        (["--data.family.dimension", "2"], "data.family is"),
+        (["--data.horizon", "40"], "data.horizon is 20 there and 40 here"),
+        (["--seed_everything", "3"], "data.seed is 0 there and 3 here"),
+        (["--model.rule.hidden_size", "9"], "rule.init_args.hidden_size is 8 there and 9 here"),
+    ],
+)
+def test_resuming_another_run_is_refused_and_changes_nothing(copied, change, says, capsys):
+    before = files_of(copied)
+    options = ["--ckpt_path", "last", "--trainer.max_steps", "75", *change]
+    assert says in fails(["fit", "-c", str(copied / "config.yaml"), *options], capsys)
+    kept = files_of(copied)
+    assert kept.pop(Path("metrics-1.csv"), None) in (None, before[Path("metrics.csv")])
+    before.pop(Path("metrics.csv"))
+    kept.pop(Path("metrics.csv"), None)
+    assert kept == before
+
+
+def test_config_of_one_run_starts_another_without_touching_the_first(trained, tmp_path):
+    before = files_of(trained)
+    for name in ("a", "b"):  # two in one process: the first one's folder must not leak into the second
+        main(["fit", "-c", str(trained / "config.yaml"), "--run_dir", str(tmp_path / name)])
+        assert (tmp_path / name / "checkpoints" / "best.ckpt").is_file()
+        assert (tmp_path / name / "rule.safetensors").read_bytes() == before[Path("rule.safetensors")]
+    assert files_of(trained) == before
+
+
+def test_overwrite_deletes_what_a_run_writes_and_nothing_else(copied):
+    (copied / "thesis.txt").write_text("mine")
+    main(["fit", "-c", str(copied / "config.yaml"), "--overwrite", "true", "--trainer.max_steps", "25"])
+    assert (copied / "thesis.txt").read_text() == "mine"
+    assert not (copied / "metrics-1.csv").exists()
+
+
+@pytest.mark.slow
+def test_interrupt_says_how_to_go_on(tmp_path):
+    command = [sys.executable, "-m", "l2l_scale", "fit", "-c", SMOKE, "--run_dir", str(tmp_path / "run")]
+    options = ["--trainer.max_steps", "1000000", "--trainer.enable_progress_bar", "false"]
+    with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if "run folder" in line:
+                break
+        while not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists():
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        rest = process.stdout.read()
+    assert process.returncode == 130
+    assert "--ckpt_path last" in rest
 
 
 def test_damaged_checkpoint_and_rule_are_named(trained, tmp_path, capsys):

@@ -1,0 +1,76 @@
+"""Where a run is written: one folder a run, chosen so that nothing of another run is lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_only
+
+RUN_DIR_VARIABLE = "L2L_SCALE_RUN_DIR"  # how the processes that Lightning starts learn the folder
+
+
+def choose_folder(wish: str | None, name: str, resumes: bool, overwrite: bool) -> Path:
+    """The run folder; a fresh numbered one where none is wished for.
+
+    Raises:
+        ValueError: if the folder has a run in it that is neither resumed nor to be overwritten, or that is to
+            be both.
+    """
+    if resumes and overwrite:
+        raise ValueError("overwrite (true) would delete the run that ckpt_path resumes; give one of them")
+    if RUN_DIR_VARIABLE in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
+        return Path(os.environ[RUN_DIR_VARIABLE])
+    folder = Path(wish) if wish else _fresh(Path("runs"), name)
+    if folder.exists() and any(folder.iterdir()) and not resumes:
+        if not overwrite:
+            raise ValueError(
+                f"run_dir ({folder}) is not empty; resume it with --ckpt_path last, replace it with "
+                "--overwrite true, or choose another folder"
+            )
+        _empty(folder)
+    os.environ[RUN_DIR_VARIABLE] = str(folder)
+    return folder
+
+
+def keep_metrics(folder: Path) -> None:
+    """Put the metrics of a run that is resumed out of the way: the logger starts its file anew."""
+    metrics, number = folder / "metrics.csv", 1
+    while (kept := folder / f"metrics-{number}.csv").exists():
+        number += 1
+    if metrics.exists():
+        metrics.rename(kept)
+
+
+@rank_zero_only
+def _empty(folder: Path) -> None:
+    """Delete a run; only what a run writes, so that a mistyped folder loses nothing else."""
+    for name in ("checkpoints", "evaluation"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for path in (folder / "config.yaml", folder / "rule.safetensors", *folder.glob("metrics*.csv")):
+        path.unlink(missing_ok=True)
+
+
+def _fresh(parent: Path, name: str) -> Path:
+    folder, number = parent / name, 1
+    while folder.exists():
+        number += 1
+        folder = parent / f"{name}-{number}"
+    return folder
+
+
+def find_checkpoint(wish: str | None, folder: Path) -> str | None:
+    """The checkpoint to resume from.
+
+    Raises:
+        ValueError: if it does not exist.
+    """
+    if wish is None:
+        return None
+    path = folder / "checkpoints" / "last.ckpt" if wish == "last" else Path(wish)
+    if not path.is_file():
+        raise ValueError(
+            f"ckpt_path ({wish}): there is no checkpoint {path}; run folders keep theirs in checkpoints/"
+        )
+    return str(path)

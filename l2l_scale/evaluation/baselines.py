@@ -51,7 +51,7 @@ def _cosine(rule: Callable[..., UpdateRule]) -> Callable[[Hypers, int], UpdateRu
     return lambda hypers, horizon: Scheduled(rule(**hypers), CosineSchedule(horizon))
 
 
-_MOMENTUM = {"momentum": (0.0, 0.3, 0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99)}
+_MOMENTUM = {"momentum": (0.0, 0.3, 0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.995)}
 _BETAS = {
     "beta1": (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98),
     "beta2": (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999),

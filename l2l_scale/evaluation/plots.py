@@ -85,7 +85,7 @@ def _lines(curves: Mapping[str, Curves]) -> list[Line]:
             continue
         losses = entry.losses.double().numpy()  # numpy: many small sums, for which threads only cost
         astray = int((~np.isfinite(losses[-1])).sum())
-        label = name + (f" ({astray} astray)" if astray else "")
+        label = name + (f" ({astray} not finite)" if astray else "")
         mean, error = finite_mean(losses)
         lines.append(Line(label, mean, error, np.median(losses, 1), _style(entry.kind, counts[entry.kind])))
         counts[entry.kind] += 1

@@ -77,7 +77,8 @@ def optimizer_report(entry: Curves, horizon: int) -> OptimizerReport:
     losses = entry.losses.double()
     steps = reported_steps(horizon, len(losses) - 1)
     sums = losses[1 : horizon + 1].sum(0)
-    diverged = {str(t): count_diverged(entry.losses[: t + 1]) for t in steps}
+    diverged = {str(t): int(is_above(entry.losses[t], entry.losses[0]).sum()) for t in steps}
+    spiked = is_above(entry.losses[1:], entry.losses[0]).any(0)
     return {
         "kind": entry.kind,
         "hyper_parameters": entry.hyper_parameters,
@@ -90,6 +91,7 @@ def optimizer_report(entry: Curves, horizon: int) -> OptimizerReport:
         "sum_stderr": _number(standard_error(sums)),
         "num_diverged": diverged[str(steps[-1])],
         "num_diverged_by": diverged,
+        "num_spiked": int(spiked.sum()),
     }
 
 
@@ -112,9 +114,9 @@ def compare(a: Tensor, b: Tensor) -> Comparison:
     }
 
 
-def count_diverged(losses: Tensor) -> int:
-    """On how many tasks the losses f(θ_0) …, (steps + 1, S), went astray."""
-    return int(has_diverged(losses[1:], losses[0], DIVERGED_FACTOR).sum())
+def is_above(losses: Tensor, start: Tensor) -> Tensor:
+    """Where losses (..., S) are far above their start (S,), or not finite, as curves stay once they are."""
+    return has_diverged(losses[None], start, DIVERGED_FACTOR)
 
 
 def standard_error(values: Tensor) -> Tensor:

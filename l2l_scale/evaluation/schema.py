@@ -61,10 +61,12 @@ class OptimizerReport(TypedDict):
     """Mean over tasks of f(θ_1) + … + f(θ_T), T the horizon."""
     sum_stderr: Number
     num_diverged: int
-    """Tasks on which it diverged by the end of the run: a loss was not finite, or rose above its start by
-    more than ten times (start + 1)."""
+    """Tasks on which it has diverged at the end of the run: the loss was not finite at any inner step, or is
+    above its start by more than ten times (start + 1)."""
     num_diverged_by: dict[str, int]
     """The same, by inner step."""
+    num_spiked: int
+    """Tasks whose loss was so high at any inner step, even if it came down again."""
 
 
 class Comparison(TypedDict):

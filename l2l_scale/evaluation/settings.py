@@ -49,7 +49,7 @@ class Evaluation:
     num_tuning_tasks: int = 2048
     num_reference_tasks: int = 256
     num_shift_tasks: int = 1024
-    num_shift_tuning_tasks: int = 512
+    num_shift_tuning_tasks: int = 1024
     inner_steps: int | None = None
     shift_inner_steps: int | None = None
     test_seed: int = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import rich.box
 from rich.console import Console
@@ -12,6 +12,8 @@ from rich.table import Table
 from l2l_scale.evaluation.report import DIVERGED_FACTOR, by_mean
 from l2l_scale.evaluation.schema import HeldOutReport, Number, OptimizerReport, Report
 from l2l_scale.evaluation.tuning import Tuned
+
+Statistic: TypeAlias = Literal["mean", "median"]
 
 
 class Cells(NamedTuple):
@@ -44,7 +46,7 @@ def losses_table(test: HeldOutReport, horizon: int, every_step: bool) -> Cells:
     shown = steps if every_step else sorted({horizon, steps[-1]})
     mine = next(iter(test["paired"]), None)
     medians = [f"median @{horizon}"] if every_step else []
-    header = ["optimizer", *(f"mean @{t}" for t in shown), *medians, f"sum 1…{horizon}", "diverged"]
+    header = ["optimizer", *(f"mean @{t}" for t in shown), *medians, f"sum 1…{horizon}", "diverged", "spiked"]
     if mine is not None:
         header.append("learned lower")
     names = [name for kind in ("learned", "tuned", "reference") for name in by_mean(test, horizon, [kind])]
@@ -56,15 +58,15 @@ def losses_table(test: HeldOutReport, horizon: int, every_step: bool) -> Cells:
 
 
 def _cells(entry: OptimizerReport, shown: Sequence[int], horizon: int, with_median: bool) -> list[str]:
-    """Mean losses (with standard error at the horizon), median, sum, diverged."""
+    """Mean losses (with standard error at the horizon), median, sum, diverged, spiked."""
 
     def mean(step: int) -> str:
         error = f" ± {number(entry['stderr'][str(step)], 2)}" if step == horizon else ""
         return number(entry["mean"][str(step)]) + error
 
-    diverged = f"{entry['num_diverged']} of {entry['num_tasks']}"
+    counts = [str(entry["num_diverged"]), str(entry["num_spiked"])]
     medians = [number(entry["median"][str(horizon)])] if with_median else []
-    return [*map(mean, shown), *medians, number(entry["sum_mean"]), diverged]
+    return [*map(mean, shown), *medians, number(entry["sum_mean"]), *counts]
 
 
 def _share(test: HeldOutReport, mine: str | None, name: str) -> list[str]:
@@ -130,22 +132,33 @@ def _hyper_parameters(values: dict[str, float]) -> str:
 
 
 def verdict(test: HeldOutReport, horizon: int) -> str:
-    """Say in one or two sentences what the learned optimizer beats, and what it does not."""
+    """Say what the learned optimizer beats, and what it does not: by mean, median and at the end."""
     if not test["paired"]:
         return ""
     mine = next(iter(test["paired"]))
-    means = {name: entry["mean"][str(horizon)] for name, entry in test["optimizers"].items()}
-    own, tuned = means[mine], by_mean(test, horizon, ["tuned"])
+    own = test["optimizers"][mine]["mean"][str(horizon)]
     if own is None:
-        return f"{mine} went astray on at least one task by inner step {horizon}; its mean loss is infinite."
+        return f"{mine} diverged on at least one task by inner step {horizon}; its mean loss is infinite."
     text = f"{mine}: mean loss {number(own)} at inner step {horizon}."
-    best = means[tuned[0]] if tuned else None
+    tuned = by_mean(test, horizon, ["tuned"])
+    best = test["optimizers"][tuned[0]]["mean"][str(horizon)] if tuned else None
     if best is not None and min(own, best) > 0:
         text += f" That is {own / best:.2f} × the best tuned baseline ({tuned[0]}, {number(best)})."
+    last = test["inner_steps"]
+    places: list[tuple[Statistic, int]] = [("mean", horizon), ("median", horizon), ("mean", last)]
+    return " ".join([text, *(_not_beaten(test, mine, *place) for place in dict.fromkeys(places))])
+
+
+def _not_beaten(test: HeldOutReport, mine: str, statistic: Statistic, step: int) -> str:
+    """Say who is at least as good as ``mine`` by a statistic at an inner step."""
+    values = {name: entry[statistic][str(step)] for name, entry in test["optimizers"].items()}
+    own = values.pop(mine)
     better = [
-        f"{name} ({number(m)})" for name, m in means.items() if name != mine and m is not None and m <= own
+        f"{name} ({number(v)})"
+        for name, v in sorted(values.items(), key=lambda item: item[1] or 0.0)
+        if v is not None and (own is None or v <= own)
     ]
-    return text + (f" Not beaten: {', '.join(better)}." if better else " Nothing in the table is better.")
+    return f"Not beaten in {statistic} @{step}: {', '.join(better) or 'none'}."
 
 
 def markdown(report: Report) -> str:
@@ -171,8 +184,9 @@ _MARKDOWN_HEAD = """# Evaluation
 Losses on tasks that no optimizer saw in meta-training or tuning; ± is one standard error over tasks.
 Baselines are tuned for the mean loss at inner step {horizon}, the horizon of meta-training, or for the sum
 of losses up to it; schedules end there, and so does their movement. “(here)” was tuned again on the shifted
-distribution, “(sum)” for the sum of losses. “diverged” counts tasks whose loss was not finite at any inner
-step of the run or rose above its start by more than {factor} times (start + 1). “learned lower” is the share
+distribution, “(sum)” for the sum of losses. “diverged” counts tasks whose loss was not finite
+at any inner step, or ends above its start by more than {factor} times (start + 1); “spiked” counts those that
+were so high at any inner step. “learned lower” is the share
 of tasks on which the learned optimizer has the lower sum. References are counted in evaluations of loss and
 gradient, and run on fewer tasks, in float64."""
 

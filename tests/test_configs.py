@@ -25,7 +25,14 @@ TINY = [
 TINY_EVALUATION = [
     *("--evaluation.num_tasks", "2", "--evaluation.num_tuning_tasks", "2", "--evaluation.baselines", "[SGD]"),
     *("--evaluation.num_shift_tasks", "2", "--evaluation.num_shift_tuning_tasks", "2"),
-    *("--evaluation.num_reference_tasks", "2", "--evaluation.inner_steps", "100"),
+    *(
+        "--evaluation.num_reference_tasks",
+        "2",
+        "--evaluation.inner_steps",
+        "100",
+        "--evaluation.num_workers",
+        "1",
+    ),
 ]
 
 

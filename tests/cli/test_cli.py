@@ -1,6 +1,8 @@
 """The command line as a user meets it; errors are one clear message, never a traceback."""
 
+import csv
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -236,3 +238,23 @@ def test_module_entry_answers_quickly_and_lists_commands():
         [sys.executable, "-m", "l2l_scale", "--help"], capture_output=True, text=True, check=True
     )
     assert all(command in done.stdout for command in COMMANDS)
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one_and_one_goes_on_where_two_stopped(tmp_path):
+    def rows(name):
+        with (tmp_path / name / "metrics.csv").open() as file:
+            return [float(row["valid/sum"]) for row in csv.DictReader(file) if row["valid/sum"]]
+
+    def fit(name, *options):
+        return ["fit", "-c", SMOKE, "--run_dir", str(tmp_path / name), *options]
+
+    two = fit("two", "--data.slots", "8", "--trainer.devices", "2", "--trainer.strategy", "ddp")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", "l2l_scale", *two], check=True, timeout=120, env=environment)
+    main(fit("one"))
+    assert rows("two") == pytest.approx(rows("one"), rel=1e-5)
+    for name in ("one", "two"):
+        main(fit(name, "--ckpt_path", "last", "--trainer.max_steps", "75"))
+    assert len(rows("two")) == 1
+    assert rows("two") == pytest.approx(rows("one"), rel=1e-5)

@@ -141,6 +141,7 @@ def _scale_steps(ax: Axes, horizon: int, last: int) -> None:
     ax.set_xlim(0, last)
     if last <= 2 * horizon:
         return
+    ax.set_xlabel("inner step (root scale)")
     ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
     ax.set_xticks(sorted({0, horizon // 5, horizon // 2, horizon, 2 * horizon, 3 * horizon, last}))
 

@@ -131,7 +131,7 @@ def _decorate(ax: Axes, heading: str, horizon: int, lines: list[Line], middle: b
         fontsize=8,
         alpha=0.7,
     )
-    ax.set(xlabel="inner step", ylabel="loss", title=heading)
+    ax.set(ylabel="loss", title=heading)
     ax.grid(which="major", alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
 
@@ -139,6 +139,7 @@ def _decorate(ax: Axes, heading: str, horizon: int, lines: list[Line], middle: b
 def _scale_steps(ax: Axes, horizon: int, last: int) -> None:
     """A root scale where the run is long, so that the steps up to the horizon keep their room."""
     ax.set_xlim(0, last)
+    ax.set_xlabel("inner step")
     if last <= 2 * horizon:
         return
     ax.set_xlabel("inner step (root scale)")

@@ -49,7 +49,8 @@ class LSTMCell(nn.Module):
     def forward(self, x: Tensor, state: LSTMState) -> LSTMState:
         """One step: x (*, F), state (*, H)."""
         h, c = state
-        gates = F.linear(x, self.weight_input, self.bias) + F.linear(h, self.weight_hidden)
+        weight = torch.cat((self.weight_input, self.weight_hidden), dim=1)
+        gates = F.linear(torch.cat((x, h), dim=-1), weight, self.bias)  # one product is faster than two
         sigmoids, candidate = torch.split(gates, [3 * self.hidden_size, self.hidden_size], dim=-1)
         i, f, o = sigmoids.sigmoid().chunk(3, dim=-1)
         c = f * c + i * candidate.tanh()

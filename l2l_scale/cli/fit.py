@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger
@@ -16,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from l2l_scale.cli.experiment import Experiment
 from l2l_scale.cli.export import export_rule
-from l2l_scale.cli.run_folder import choose_folder, find_checkpoint, keep_metrics
+from l2l_scale.cli.run_folder import choose_folder, empty, find_checkpoint, keep_metrics
 from l2l_scale.deploy import classes_of
 from l2l_scale.training import MetaStepBar, TrajectoryMetrics
 
@@ -117,7 +118,9 @@ class RunFolder(Callback):
 
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the configuration and say what is about to run."""
+        """Make room where that was asked for, write the configuration, and say what is about to run."""
+        if self.fit.config.overwrite:
+            empty(self.fit.folder)
         self.fit.save_config()
         print(self.fit.headline(), flush=True)
 
@@ -138,7 +141,7 @@ def check_rhythm(max_steps: int, windows_per_epoch: int) -> None:
 
 def run(arguments: list[str]) -> None:
     """Train as the command line says."""
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*Experiment logs directory .* exists.*")
+    warnings.filterwarnings("ignore", category=PossibleUserWarning)  # advice that does not fit our loaders
+    warnings.filterwarnings("ignore", message=".*directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     Fit(arguments).train()

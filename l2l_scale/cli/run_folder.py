@@ -6,8 +6,6 @@ import os
 import shutil
 from pathlib import Path
 
-from lightning.pytorch.utilities import rank_zero_only
-
 RUN_DIR_VARIABLE = "L2L_SCALE_RUN_DIR"  # how the processes that Lightning starts learn the folder
 
 
@@ -23,13 +21,11 @@ def choose_folder(wish: str | None, name: str, resumes: bool, overwrite: bool) -
     if RUN_DIR_VARIABLE in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
         return Path(os.environ[RUN_DIR_VARIABLE])
     folder = Path(wish) if wish else _fresh(Path("runs"), name)
-    if folder.exists() and any(folder.iterdir()) and not resumes:
-        if not overwrite:
-            raise ValueError(
-                f"run_dir ({folder}) is not empty; resume it with --ckpt_path last, replace it with "
-                "--overwrite true, or choose another folder"
-            )
-        _empty(folder)
+    if folder.exists() and any(folder.iterdir()) and not resumes and not overwrite:
+        raise ValueError(
+            f"run_dir ({folder}) is not empty; resume it with --ckpt_path last, replace it with "
+            "--overwrite true, or choose another folder"
+        )
     os.environ[RUN_DIR_VARIABLE] = str(folder)
     return folder
 
@@ -43,8 +39,7 @@ def keep_metrics(folder: Path) -> None:
         metrics.rename(kept)
 
 
-@rank_zero_only
-def _empty(folder: Path) -> None:
+def empty(folder: Path) -> None:
     """Delete a run; only what a run writes, so that a mistyped folder loses nothing else."""
     for name in ("checkpoints", "evaluation"):
         shutil.rmtree(folder / name, ignore_errors=True)

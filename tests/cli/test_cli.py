@@ -143,6 +143,13 @@ def test_config_of_one_run_starts_another_without_touching_the_first(trained, tm
     assert files_of(trained) == before
 
 
+def test_overwrite_deletes_nothing_before_the_new_run_starts(copied, capsys):
+    checkpoints = files_of(copied / "checkpoints")
+    options = ["--overwrite", "true", "--model.learning_rate=-1"]
+    fails(["fit", "-c", str(copied / "config.yaml"), *options], capsys)
+    assert files_of(copied / "checkpoints") == checkpoints
+
+
 def test_overwrite_deletes_what_a_run_writes_and_nothing_else(copied):
     (copied / "thesis.txt").write_text("mine")
     main(["fit", "-c", str(copied / "config.yaml"), "--overwrite", "true", "--trainer.max_steps", "25"])

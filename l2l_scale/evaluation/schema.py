@@ -22,7 +22,7 @@ from typing import (
 
 VERSION = 1
 
-Number: TypeAlias = "float | None"
+Number: TypeAlias = float | None
 """null where it is infinite or does not exist."""
 
 Kind: TypeAlias = Literal["learned", "tuned", "reference"]

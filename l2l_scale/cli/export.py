@@ -22,6 +22,7 @@ def run(arguments: list[str]) -> None:
         exit_on_error=False,
         description="Write the rule of a checkpoint as one safetensors file, without pickle.",
     )
+    parser.add_argument("-c", "--config", action="config", help="a YAML file with these options")
     parser.add_argument("checkpoint", type=str, help="a checkpoint, or a run folder (then its best one)")
     parser.add_argument(
         "--out", type=str | None, default=None, help="file to write; rule.safetensors of the run if not given"

@@ -233,6 +233,17 @@ def test_print_config_prints_a_config_that_parses_again(command, capsys, tmp_pat
     assert exit_.value.code == 0
 
 
+def test_export_takes_its_options_from_a_file_and_prints_them(trained, tmp_path, capsys):
+    out = tmp_path / "rule.safetensors"
+    (tmp_path / "export.yaml").write_text(f"checkpoint: {trained}\nout: {out}\n")
+    with pytest.raises(SystemExit) as exit_:
+        main(["export", str(trained), "--out", str(out), "--print_config"])
+    assert exit_.value.code == 0
+    assert f"out: {out}" in capsys.readouterr().out
+    main(["export", "-c", str(tmp_path / "export.yaml")])
+    assert out.read_bytes() == (trained / "rule.safetensors").read_bytes()
+
+
 def test_overlay_wins_over_the_file_before_it(tmp_path, capsys):
     (tmp_path / "more.yaml").write_text("data:\n  slots: 77\n")
     with pytest.raises(SystemExit):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from l2l_scale.optimizers.base import UpdateRule
+from l2l_scale.optimizers.base import Draw, TwoPhaseRule, UpdateRule
 from l2l_scale.tasks.base import TaskFamily, Tensors
 from l2l_scale.tree import Tree, tree_detach, tree_map, tree_where
 
@@ -102,8 +102,13 @@ def unroll(
     batch: WindowBatch,
     mode: InnerGradient,
     frozen: Tensor | None = None,
+    draw: Draw | None = None,
 ) -> Rollout:
     """Apply the rule K times in every slot.
+
+    In first order the gradients are constants to φ, and they are also the gradients of the losses. So a
+    :class:`TwoPhaseRule` is run without a graph, only the gradients are kept, and backward computes its steps
+    again; for any other rule autograd keeps everything.
 
     Args:
         rule: the update rule.
@@ -112,25 +117,59 @@ def unroll(
         batch: the window.
         mode: how the losses depend on φ.
         frozen: (S,) slots whose θ must not move; they contribute no gradient to φ.
+        draw: chooses the coordinates that first-order backward goes through, if not all.
 
     Returns:
-        losses after each inner step, and the carry (still attached to the graph).
+        losses after each inner step, and the carry; only the losses are sure to have a graph.
+
+    Raises:
+        ValueError: if coordinates are to be drawn in another mode or for a rule that keeps its graph.
     """
-    theta, state = carry.theta, carry.state
+    if mode is InnerGradient.FIRST_ORDER and isinstance(rule, TwoPhaseRule):
+        grads = carry.theta.new_empty(batch.window_length + 1, *carry.theta.shape)
+        rollout = _run(rule, family, carry, batch, InnerGradient.NONE, frozen, grads)
+        return rollout._replace(losses=rule.window_losses(rollout.losses, grads, carry.state, frozen, draw))
+    if draw is not None and mode is not InnerGradient.NONE:
+        raise ValueError(
+            "coordinates can be sampled in first order and with backend 'fused' only: there alone backward "
+            "goes through coordinates one by one"
+        )
+    return _run(rule, family, carry, batch, mode, frozen, None)
+
+
+def _run(
+    rule: UpdateRule,
+    family: TaskFamily,
+    carry: Carry,
+    batch: WindowBatch,
+    mode: InnerGradient,
+    frozen: Tensor | None,
+    grads: Tensor | None,
+) -> Rollout:
+    """The loop over inner steps; fills ``grads`` (K + 1, S, N) if given."""
+
+    def enter(k: int, grad: Tensor) -> Tensor:
+        grad = grad if frozen is None else grad.masked_fill(frozen[:, None], 0.0)
+        if grads is not None:
+            grads[k] = grad
+        return grad
+
+    theta = carry.theta
     update = torch.zeros_like(theta)
     loss, grad = _loss_and_gradient(family, theta, batch, 0, mode)
     start_loss = torch.where(carry.start_loss.isnan(), loss.detach(), carry.start_loss)
     losses = []
     with torch.set_grad_enabled(mode is not InnerGradient.NONE):
+        grad, state = enter(0, grad), rule.open_window(theta, carry.state)
         for k in range(batch.window_length):
-            if frozen is not None:
-                grad = grad.masked_fill(frozen[:, None], 0.0)
             update, state = rule(grad, theta, state)
             if frozen is not None:
                 update = update.masked_fill(frozen[:, None], 0.0)
             theta = theta + update
             loss, grad = _loss_and_gradient(family, theta, batch, k + 1, mode)
+            grad = enter(k + 1, grad)
             losses.append(loss)
+        state = rule.close_window(theta, state)
     stacked = torch.stack(losses)
     end = Carry(theta, state, start_loss, has_diverged(stacked.detach(), start_loss, _CEILING))
     return Rollout(end, stacked, update.detach().square().mean(-1).sqrt())

@@ -94,7 +94,9 @@ class Fit(Experiment):
         return (
             f"meta-training {type(self.model.rule).__name__} ({size:,} parameters) on {data.family}\n"
             f"{data.slots} slots, windows of {data.schedule.window} of a horizon of {data.schedule.horizon}, "
-            f"{self.trainer.max_steps:,} meta-steps, seed {data.seed}; run folder {self.folder}"
+            f"{self.trainer.max_steps:,} meta-steps, seed {data.seed}\n"
+            f"backend {self.model.accelerated.description}, {torch.get_num_threads()} CPU threads; "
+            f"run folder {self.folder}"
         )
 
     def finish(self, seconds: float) -> None:

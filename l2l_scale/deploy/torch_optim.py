@@ -20,6 +20,7 @@ from torch.optim.optimizer import ParamsT
 from l2l_scale.checks import check_positive
 from l2l_scale.deploy.coordinates import Layout, flatten, gradient_of, layout_of, mask, read, write
 from l2l_scale.deploy.files import load_rule
+from l2l_scale.optimizers.backend import Backend, accelerate, check_backend
 from l2l_scale.optimizers.base import UpdateRule
 from l2l_scale.tree import Tree, tree_leaves, tree_map, tree_unflatten
 
@@ -39,6 +40,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         rule: a rule, or the path of a rule file.
         lr: factor on the update; learning-rate schedulers change it. Learned rules know their own step
             sizes, so it is 1 unless there is a reason.
+        backend: how the rule is computed, see :data:`l2l_scale.optimizers.backend.Backend`.
 
     Raises:
         FileNotFoundError: if the rule file does not exist.
@@ -46,12 +48,16 @@ class LearnedOptimizer(torch.optim.Optimizer):
             devices, lr is negative or not finite, or the rule is none; later, if a gradient is sparse.
     """
 
-    def __init__(self, params: ParamsT, rule: UpdateRule | str | Path, lr: float = 1.0) -> None:
+    def __init__(
+        self, params: ParamsT, rule: UpdateRule | str | Path, lr: float = 1.0, backend: Backend = "auto"
+    ) -> None:
+        check_backend(backend)
         loaded = load_rule(rule) if isinstance(rule, (str, Path)) else rule
         if not isinstance(loaded, UpdateRule):
             raise ValueError(f"rule ({type(rule).__name__}) must be an UpdateRule or the path of a rule file")
         self.state: defaultdict[Any, Any]
         self.rule = copy.deepcopy(loaded).requires_grad_(False).eval()
+        self.backend = backend
         self._forget_derived()
         super().__init__(params, {"lr": lr})
 
@@ -97,7 +103,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         return loss
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "rule": self.rule}
+        return {**super().__getstate__(), "rule": self.rule, "backend": self.backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take up a state: the one door of ``load_state_dict``, pickle and deepcopy.
@@ -105,7 +111,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: if the state is of another rule or of other parameters; nothing has changed then.
         """
-        state = {"rule": self.__dict__.get("rule"), **state}  # load_state_dict passes no rule
+        # load_state_dict passes no rule and no backend
+        state = {"rule": self.__dict__.get("rule"), "backend": self.__dict__.get("backend"), **state}
         fitted = _fitted(state["state"], state["param_groups"], state["rule"])
         super().__setstate__({**state, "state": fitted})
         self._forget_derived()
@@ -126,14 +133,15 @@ class LearnedOptimizer(torch.optim.Optimizer):
         _check_update(rule, update, theta)
         theta = theta + mask(lr * update, params)
         write(theta, params)
-        self.state[key] = {"rule": type(rule).__name__, "leaves": tree_leaves(state)}
+        self.state[key] = {"rule": type(self.rule).__name__, "leaves": tree_leaves(state)}
         if any(param.dtype != layout.dtype for param in params):
             self.state[key]["theta"] = theta  # the master copy
 
     def _rule_for(self, layout: Layout) -> UpdateRule:
         """The rule on a group's device, in the precision that it works in there."""
         if layout not in self._copies:
-            self._copies[layout] = copy.deepcopy(self.rule).to(layout.device, layout.dtype)
+            own = copy.deepcopy(self.rule).to(layout.device, layout.dtype)
+            self._copies[layout] = accelerate(own, self.backend, layout.device, layout.dtype).rule
         return self._copies[layout]
 
     def _rule_state(self, key: str, rule: UpdateRule, theta: Tensor) -> Tree:

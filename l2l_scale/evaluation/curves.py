@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from l2l_scale.checks import check_count
+from l2l_scale.optimizers.backend import Backend, accelerate
 from l2l_scale.optimizers.base import UpdateRule
 from l2l_scale.rng import Split
 from l2l_scale.sampling import Schedule, WindowSampler
@@ -46,6 +47,7 @@ class HeldOut:
             Bounds the memory. No effect on the result of rules that work element by element; matrix
             products, as in learned rules, may round differently by the number of their rows.
         device: where the rollouts run.
+        backend: how learned rules are computed, see :data:`l2l_scale.optimizers.backend.Backend`.
 
     Raises:
         ValueError: if a number is not a whole number of at least 1.
@@ -59,6 +61,7 @@ class HeldOut:
     window: int = 20
     max_coordinates: int = 1 << 15
     device: str = "cpu"
+    backend: Backend = "auto"
 
     def __post_init__(self) -> None:
         for name in ("num_tasks", "inner_steps", "window", "max_coordinates"):
@@ -77,6 +80,12 @@ class HeldOut:
     def prepare(self) -> None:
         """Put the data of the split on the device."""
         self.split_family.prepare(torch.device(self.device))
+
+    def accelerate(self, rule: UpdateRule) -> UpdateRule:
+        """The rule as the backend computes it; classic rules are left as they are."""
+        for parameter in rule.parameters():
+            return accelerate(rule, self.backend, torch.device(self.device), parameter.dtype).rule
+        return rule
 
     def sampler(self) -> WindowSampler:
         """Draws the windows; it remembers the tasks that it drew.
@@ -112,6 +121,7 @@ def loss_curves(rule: UpdateRule, held_out: HeldOut, tasks: range | None = None)
 def curves_of_all(rules: Sequence[UpdateRule], held_out: HeldOut, tasks: range) -> list[Tensor]:
     """:func:`loss_curves` of several rules on the same tasks, which are drawn once."""
     held_out.prepare()
+    rules = [held_out.accelerate(rule) for rule in rules]
     parts: list[list[Tensor]] = [[] for _ in rules]
     for chunk in chunked(tasks, held_out.slots_at_once):
         sampler = held_out.sampler()

@@ -73,6 +73,7 @@ def plan_tests(family: TaskFamily, horizon: int, settings: Evaluation) -> list[T
         window=s.window,
         max_coordinates=s.max_coordinates,
         device=s.device,
+        backend=s.backend,
     )
     shift = replace(base, num_tasks=s.num_shift_tasks, inner_steps=short)
     tests = [_test(HELD_OUT, base, s.num_tuning_tasks, s.num_reference_tasks, horizon, s.tuning_seed)]

@@ -11,6 +11,7 @@ from l2l_scale.checks import check_count
 from l2l_scale.evaluation.baselines import choose_baselines
 from l2l_scale.evaluation.cache import default_folder
 from l2l_scale.evaluation.jobs import available_cores
+from l2l_scale.optimizers.backend import Backend, check_backend
 from l2l_scale.tasks.base import TaskFamily
 
 HELD_OUT = "held-out"
@@ -38,6 +39,7 @@ class Evaluation:
         max_coordinates: coordinates in one block of tasks; see :class:`HeldOut`.
         num_workers: processes; one per CPU core if not given. On a GPU always this one process.
         device: where rules run.
+        backend: how learned rules are computed, see :data:`l2l_scale.optimizers.backend.Backend`.
         cache: keep results of tuning, and use those of an earlier run with the same settings and code.
         cache_folder: where they are kept; ``~/.cache/l2l_scale`` if not given.
 
@@ -60,6 +62,7 @@ class Evaluation:
     max_coordinates: int = 1 << 15
     num_workers: int | None = None
     device: str = "cpu"
+    backend: Backend = "auto"
     cache: bool = True
     cache_folder: str | None = None
 
@@ -71,6 +74,7 @@ class Evaluation:
             check_count(name, getattr(self, name))
         check_count("num_reference_tasks", self.num_reference_tasks, least=0)
         choose_baselines(self.baselines)
+        check_backend(self.backend)
         if HELD_OUT in (self.shifts or {}):
             raise ValueError(
                 f"shifts must not be called {HELD_OUT!r}, the name of the family of meta-training"

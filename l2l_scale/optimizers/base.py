@@ -7,10 +7,15 @@ problem, H hidden units, F features.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TypeAlias
 
 from torch import Tensor, nn
 
 from l2l_scale.tree import Tree
+
+Draw: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""From sizes of the coordinates' contributions (M,) to the coordinates drawn (J,) and their weights (J,)."""
 
 
 class UpdateRule(nn.Module, ABC):
@@ -33,5 +38,38 @@ class UpdateRule(nn.Module, ABC):
         Args:
             grad: ∇f(θ), (*, N).
             theta: θ, (*, N).
-            state: from :meth:`init_state` or the previous step.
+            state: from :meth:`init_state`, :meth:`open_window` or the previous step.
+        """
+
+    def open_window(self, theta: Tensor, state: Tree) -> Tree:
+        """The state in the form that the steps of one window work in; most rules have only one form.
+
+        Without a graph, a step may overwrite what this returns.
+        """
+        return state
+
+    def close_window(self, theta: Tensor, state: Tree) -> Tree:
+        """The inverse of :meth:`open_window`, after the last step."""
+        return state
+
+
+class TwoPhaseRule(UpdateRule):
+    """A rule that finds the first-order meta-gradient of a window from the gradients along it.
+
+    Its updates must depend on the gradients alone, coordinate by coordinate: then nothing else of the window
+    needs to be kept, and the steps can be computed again in pieces.
+    """
+
+    @abstractmethod
+    def window_losses(
+        self, losses: Tensor, grads: Tensor, state: Tree, frozen: Tensor | None, draw: Draw | None = None
+    ) -> Tensor:
+        """Phase 2: the losses of a window again, (K, S), now differentiable in φ.
+
+        Args:
+            losses: f(θ_1) … f(θ_K), (K, S), without graph.
+            grads: ∇f(θ_0) … ∇f(θ_K), (K + 1, S, N): what entered the rule, and the last one.
+            state: at the start of the window.
+            frozen: (S,) slots that contribute no gradient.
+            draw: chooses coordinates to backpropagate through; all of them if not given.
         """

@@ -15,6 +15,7 @@ from l2l_scale.deploy import describe_rule
 from l2l_scale.estimators import GradientEstimator, TruncatedBPTT
 from l2l_scale.evaluation.curves import stay_astray
 from l2l_scale.optimizers import UpdateRule
+from l2l_scale.optimizers.backend import Accelerated, Backend, accelerate, check_backend
 from l2l_scale.rng import Split
 from l2l_scale.tasks import TaskFamily
 from l2l_scale.training import checkpoint as inflight
@@ -46,6 +47,7 @@ class MetaTraining(L.LightningModule):
         learning_rate: of Adam on φ.
         final_fraction: share of the learning rate that is left at the last meta-step; it falls along a
             cosine. 1 keeps it constant.
+        backend: how the rule's steps are computed, see :data:`l2l_scale.optimizers.backend.Backend`.
         divergence_patience: stop with an error after so many windows in a row in which every slot diverged or
             the meta-loss was not finite.
 
@@ -60,18 +62,21 @@ class MetaTraining(L.LightningModule):
         estimator: GradientEstimator | None = None,
         learning_rate: float = 3e-3,
         final_fraction: float = 0.03,
+        backend: Backend = "auto",
         divergence_patience: int = 20,
     ) -> None:
         super().__init__()
         check_positive("learning_rate", learning_rate)
         check_count("divergence_patience", divergence_patience)
         check_range("final_fraction", final_fraction, 0, 1)
+        check_backend(backend)
         self.rule = rule
         self.family = family.for_split(Split.TRAIN)
         self.valid_family = family.for_split(Split.VALID)
         self.estimator = TruncatedBPTT() if estimator is None else estimator
         self.learning_rate, self.final_fraction = learning_rate, final_fraction
-        self.divergence_patience = divergence_patience
+        self.backend, self.divergence_patience = backend, divergence_patience
+        self.accelerated = Accelerated(rule, "eager")
         # In-flight state. Not buffers: DDP would overwrite every rank's slots with those of rank 0.
         self.carry: Carry | None = None
         self.next_window = 0
@@ -100,14 +105,18 @@ class MetaTraining(L.LightningModule):
             self.estimator.check_horizon(data.schedule.horizon)
 
     def on_fit_start(self) -> None:
-        """Put resident data on the device."""
+        """Put resident data on the device, and choose how the rule is computed there."""
         self.family.prepare(self.device)
         self.valid_family.prepare(self.device)
+        dtype = torch.float64 if self.trainer.precision == "64-true" else torch.float32
+        self.accelerated = accelerate(self.rule, self.backend, self.device, dtype)
 
     def training_step(self, batch: WindowBatch, batch_idx: int) -> dict[str, Any]:
         """Unroll one window; Lightning does the backward pass and the meta-step."""
         assert batch.window_index == self.next_window, (batch.window_index, self.next_window)
-        estimate = self.estimator(self.rule, self.family, begin(self.rule, batch, self.carry), batch)
+        rule, carry = self.accelerated.rule, begin(self.rule, batch, self.carry)
+        self.carry = None  # large optimizees: the old state must not be held beside the new one
+        estimate = self.estimator(rule, self.family, carry, batch)
         rollout: Rollout = tree_detach(estimate.rollout)
         self.carry, self.next_window = rollout.carry, batch.window_index + 1
         diverged = int(rollout.carry.diverged.sum())
@@ -158,7 +167,7 @@ class MetaTraining(L.LightningModule):
     def validation_step(self, batch: WindowBatch, batch_idx: int) -> None:
         """One window of the held-out tasks; what diverged stays astray."""
         carry = begin(self.rule, batch, self.valid_carry, restart_diverged=False)
-        rollout = unroll(self.rule, self.valid_family, carry, batch, InnerGradient.NONE)
+        rollout = unroll(self.accelerated.rule, self.valid_family, carry, batch, InnerGradient.NONE)
         self.valid_carry = rollout.carry
         self.valid_losses.append(rollout.losses)
 

@@ -1,0 +1,127 @@
+"""Builds the C++ kernel on first use: one source, one compiler call, kept for all later processes.
+
+The source needs no header of torch, so it compiles in seconds and a built library serves every torch version.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from torch.utils.cpp_extension import get_cxx_compiler
+
+_COMPILER: str = get_cxx_compiler()  # type: ignore[no-untyped-call]
+_LOG = logging.getLogger(__name__)
+_SOURCES = Path(__file__).parent / "cpp"
+_FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-shared",
+    "-fPIC",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+]
+_THREADS = ["-fopenmp"]
+_INSTRUCTION_SETS = {
+    "AVX512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+    "AVX2": ["-mavx2", "-mfma"],
+}
+
+
+class KernelUnavailableError(RuntimeError):
+    """The kernel could not be built or loaded here; says why."""
+
+
+def instruction_set() -> str:
+    """What the kernel is built for: that of torch's own kernels (so ATEN_CPU_CAPABILITY=avx2 lowers both)."""
+    return torch.backends.cpu.get_cpu_capability()
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The kernel's library, built if this machine has not built it before.
+
+    Raises:
+        KernelUnavailableError: if there is no C++ compiler, or it fails.
+    """
+    prebuilt = _SOURCES / f"kernel_{instruction_set().lower()}.so"
+    try:
+        return ctypes.CDLL(str(prebuilt if prebuilt.is_file() else _built()))
+    except OSError as error:
+        raise KernelUnavailableError(f"the fused kernel cannot be loaded: {error}") from error
+
+
+def _built() -> Path:
+    """Path of the built library; whoever comes while another process builds waits for it."""
+    target = _folder() / f"kernel_{instruction_set().lower()}_{_digest()}.so"
+    if not target.is_file():
+        with FileLock(target.with_suffix(".lock")):  # given up by the system when its holder dies
+            if not target.is_file():
+                compile_library(target)
+    return target
+
+
+def compile_library(target: Path) -> None:
+    """Compile for this machine's instruction set, beside ``target``, and rename: it is whole or not there.
+
+    Raises:
+        KernelUnavailableError: if the compiler is missing or fails.
+    """
+    _LOG.warning("building the fused %s kernel, once (some seconds): %s", instruction_set(), target)
+    handle, name = tempfile.mkstemp(suffix=".so", dir=target.parent)
+    os.close(handle)
+    built = Path(name)
+    flags = [*_FLAGS, *_INSTRUCTION_SETS.get(instruction_set(), [])]
+    try:
+        try:
+            _compile([*flags, *_THREADS], built)
+        except subprocess.CalledProcessError:  # Apple's compiler has no OpenMP: then with one thread
+            _compile(flags, built)
+        built.replace(target)
+    except FileNotFoundError as error:
+        raise KernelUnavailableError(
+            f"there is no C++ compiler ({_COMPILER}); install g++ or clang, or name one: CXX=..."
+        ) from error
+    except subprocess.CalledProcessError as error:
+        lines = [line for line in error.stderr.splitlines() if "error" in line] or [error.stderr[-200:]]
+        raise KernelUnavailableError(f"the C++ compiler ({_COMPILER}) failed: {lines[0]}") from error
+    finally:
+        built.unlink(missing_ok=True)
+
+
+def _compile(flags: list[str], output: Path) -> None:
+    command = [_COMPILER, *flags, str(_SOURCES / "kernel.cpp"), "-o", str(output)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+def _digest() -> str:
+    """Of everything that decides what is built."""
+    digest = hashlib.sha256()
+    for path in sorted(_SOURCES.glob("*.[hc]*")):
+        digest.update(path.read_bytes())
+    digest.update(repr([_FLAGS, _THREADS, _INSTRUCTION_SETS, _COMPILER]).encode())
+    return digest.hexdigest()[:16]
+
+
+def _folder() -> Path:
+    """The user's cache, or a temporary folder where that cannot be written."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = base / "l2l_scale" / "kernels"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    folder = Path(tempfile.gettempdir()) / f"l2l_scale_kernels_{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder

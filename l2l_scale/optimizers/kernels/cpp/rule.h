@@ -1,0 +1,160 @@
+// One inner step of the whole rule for one group of coordinates: features, layers, head.
+#pragma once
+
+#include <cstdlib>
+#include <new>
+#include <vector>
+
+#include "features.h"
+#include "lstm.h"
+
+namespace l2l {
+
+// Memory for one thread, aligned for vectors, kept between calls: fresh pages cost more than the arithmetic.
+class Arena {
+ public:
+  ~Arena() { std::free(memory_); }
+  template <class T> T* take(size_t count) {
+    T* result = reinterpret_cast<T*>(static_cast<char*>(memory_) + used_);
+    used_ += bytes<T>(count);
+    return result;
+  }
+  // Start over with room for so many bytes; what was taken before is void.
+  void reserve(size_t size) {
+    used_ = 0;
+    if (size <= size_) return;
+    std::free(memory_);
+    memory_ = std::aligned_alloc(64, (size + 63) / 64 * 64);
+    size_ = memory_ ? size : 0;
+    if (!memory_) throw std::bad_alloc();
+  }
+  template <class T> static size_t bytes(size_t count) { return (count * sizeof(T) + 63) / 64 * 64; }
+
+ private:
+  void* memory_ = nullptr;
+  size_t size_ = 0, used_ = 0;
+};
+
+template <class T> struct Weights {
+  struct Layer {
+    const T *input, *hidden, *bias;
+    std::vector<T> packed;
+  };
+  std::vector<Layer> layers;
+  const T *output, *output_bias;
+
+  Weights(const Program& p, const T* flat) {
+    const int hidden = p.hidden_size;
+    for (int l = 0; l < p.layers; ++l) {
+      const int inputs = input_size(p, l);
+      const T* input = flat + layer_offset(p, l);
+      Layer layer{input, input + 4 * hidden * inputs, input + 4 * hidden * (inputs + hidden), {}};
+      layer.packed.resize(4 * hidden * (inputs + hidden + 1));
+      pack_forward(layer.input, layer.hidden, layer.bias, inputs, hidden, layer.packed.data());
+      layers.push_back(std::move(layer));
+    }
+    output = flat + output_offset(p);
+    output_bias = output + head_size(p) * hidden;
+  }
+};
+
+// Everything of one step that the backward pass needs.
+template <class T> struct StepRecord {
+  T *feature_state, *features, *outputs;
+  std::vector<LayerRecord<T>> layers;
+  static int rows(const Program& p) {
+    const int layer_rows = LayerRecord<T>::rows_per_unit * p.hidden_size;
+    return p.feature_rows + p.feature_size + head_size(p) + p.layers * layer_rows;
+  }
+  StepRecord(const Program& p, T* base) {
+    feature_state = base;
+    features = feature_state + p.feature_rows * kBlock;
+    outputs = features + p.feature_size * kBlock;
+    base = outputs + head_size(p) * kBlock;
+    for (int l = 0; l < p.layers; ++l, base += LayerRecord<T>::rows_per_unit * p.hidden_size * kBlock) {
+      layers.emplace_back(base, p.hidden_size);
+    }
+  }
+};
+
+// The linear outputs w·h + b, head_size rows.
+template <class T> void outputs_forward(const Program& p, const Weights<T>& w, const T* h, T* outputs) {
+  for (int output = 0; output < head_size(p); ++output, outputs += kBlock) {
+    Vec<T> sums[kVectors];
+    for (int v = 0; v < kVectors; ++v) sums[v] = broadcast(w.output_bias[output]);
+    for (int unit = 0; unit < p.hidden_size; ++unit) {
+      const T weight = w.output[output * p.hidden_size + unit];
+      for (int v = 0; v < kVectors; ++v) sums[v] += weight * load(h + unit * kBlock + v * lanes<T>);
+    }
+    for (int v = 0; v < kVectors; ++v) store(outputs + v * lanes<T>, sums[v]);
+  }
+}
+
+// The head of optimizers/heads.py.
+template <class T> void head_forward(const Program& p, const T* outputs, T* update) {
+  for (int v = 0; v < kVectors; ++v) {
+    const int at = v * lanes<T>;
+    Vec<T> value = T(p.scale) * load(outputs + at);
+    if (p.head == kTanhExp) {
+      value = T(p.scale) * tanh(load(outputs + at)) * exp(T(p.exp_scale) * load(outputs + kBlock + at));
+    }
+    store(update + at, value);
+  }
+}
+
+// From the adjoint of the update to those of the linear outputs.
+template <class T> void head_backward(const Program& p, const T* outputs, const T* d_update, T* d_outputs) {
+  for (int v = 0; v < kVectors; ++v) {
+    const int at = v * lanes<T>;
+    const Vec<T> d = T(p.scale) * load(d_update + at);
+    if (p.head == kTanhExp) {
+      const Vec<T> direction = tanh(load(outputs + at));
+      const Vec<T> size = exp(T(p.exp_scale) * load(outputs + kBlock + at));
+      store(d_outputs + at, d * size * (T(1) - direction * direction));
+      store(d_outputs + kBlock + at, d * size * direction * T(p.exp_scale));
+    } else {
+      store(d_outputs + at, d);
+    }
+  }
+}
+
+// One step that keeps nothing. `state` and `next` (rows of the packed state) may be the same memory; `scratch`
+// has F + H + head_size rows.
+template <class T>
+void step_forward(const Program& p, const Weights<T>& w, const T* grad, const T* state, T* next, T* update,
+                  T* scratch) {
+  T *features = scratch, *h = features + p.feature_size * kBlock, *outputs = h + p.hidden_size * kBlock;
+  features_forward(p, group<T>, grad, state, next, features);
+  const T* x = features;
+  for (int l = 0; l < p.layers; ++l) {
+    T* h_next = next + h_row(p, l) * kBlock;
+    layer_forward<T, false>(w.layers[l].packed.data(), x, input_size(p, l), state + h_row(p, l) * kBlock,
+                            p.hidden_size, state + c_row(p, l) * kBlock, next + c_row(p, l) * kBlock, h, {});
+    for (int unit = 0; unit < p.hidden_size; ++unit) {
+      for (int v = 0; v < kVectors; ++v) {
+        store(h_next + unit * kBlock + v * lanes<T>, load(h + unit * kBlock + v * lanes<T>));
+      }
+    }
+    x = h_next;
+  }
+  outputs_forward(p, w, x, outputs);
+  head_forward(p, outputs, update);
+}
+
+// One step that keeps everything in `record`; h and c before it are given per layer. `feature_state` is that
+// after the step.
+template <class T>
+void step_record(const Program& p, const Weights<T>& w, const T* grad, const T* const* h_before,
+                 const T* const* c_before, T* feature_state, StepRecord<T>& record) {
+  features_forward(p, group<T>, grad, record.feature_state, feature_state, record.features);
+  const T* x = record.features;
+  for (int l = 0; l < p.layers; ++l) {
+    LayerRecord<T>& layer = record.layers[l];
+    layer_forward<T, true>(w.layers[l].packed.data(), x, input_size(p, l), h_before[l], p.hidden_size,
+                           c_before[l], layer.c, layer.h, layer);
+    x = layer.h;
+  }
+  if (p.head == kTanhExp) outputs_forward(p, w, x, record.outputs);
+}
+
+}  // namespace l2l

@@ -1,0 +1,117 @@
+"""The C++ kernel: vectors over coordinates, threads over blocks of them."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from l2l_scale.optimizers.kernels.base import Kernel, StepGradient
+from l2l_scale.optimizers.kernels.build import instruction_set, library
+from l2l_scale.optimizers.kernels.program import MAX_FEATURES, Program
+
+_SUFFIX = {torch.float32: "float32", torch.float64: "float64"}
+
+
+class _Feature(ctypes.Structure):
+    _fields_ = [
+        *[(name, ctypes.c_int32) for name in ("kind", "first_row", "state_row", "log_scale")],
+        *[(name, ctypes.c_double) for name in "abc"],
+    ]
+
+
+class _Program(ctypes.Structure):
+    _fields_ = [
+        *[
+            (name, ctypes.c_int32)
+            for name in ("hidden_size", "layers", "feature_size", "feature_rows", "num_features", "head")
+        ],
+        *[(name, ctypes.c_double) for name in ("scale", "exp_scale")],
+        ("features", _Feature * MAX_FEATURES),
+    ]
+
+
+class NativeKernel(Kernel):
+    """Runs on the CPU in float32 (fast) and float64 (exact: the functions of the C library).
+
+    Args:
+        program: of the rule.
+
+    Raises:
+        KernelUnavailableError: if it cannot be built here.
+    """
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program)
+        library()
+
+    @property
+    def name(self) -> str:
+        """C++ and the instruction set."""
+        return f"C++ {instruction_set()}"
+
+    def step(self, weights: Tensor, grad: Tensor, state: Tensor, out: Tensor) -> Tensor:
+        """One inner step."""
+        update = torch.empty_like(grad)
+        self._call("forward", grad.dtype, weights, grad.numel(), grad, state, out, update)
+        return update
+
+    def step_gradient(
+        self, weights: Tensor, grad: Tensor, state: Tensor, d_update: Tensor, d_state: Tensor
+    ) -> StepGradient:
+        """The derivative of one step."""
+        result = StepGradient(torch.empty_like(weights), torch.empty_like(grad), torch.empty_like(state))
+        total = grad.numel()
+        outputs = (result.weights, result.state, result.grad)
+        inputs = (grad, None, d_update, state, d_state)
+        self._call("backward", grad.dtype, weights, total, total, 1, *inputs, *outputs)
+        return result
+
+    def window_gradient(self, weights: Tensor, grads: Tensor, loss_weights: Tensor, state: Tensor) -> Tensor:
+        """Phase 2 of a first-order window."""
+        result = torch.empty_like(weights)
+        steps, problems = loss_weights.shape
+        total = grads.shape[1]
+        inputs = (grads, loss_weights, None, state, None)
+        arguments = (weights, total, total // problems, steps, *inputs, result, None, None)
+        self._call("backward", grads.dtype, *arguments)
+        return result
+
+    @cached_property
+    def _structure(self) -> _Program:
+        """The program as C++ reads it."""
+        p = self.program
+        structure = _Program(
+            p.hidden_size,
+            p.layers,
+            p.feature_size,
+            p.feature_rows,
+            len(p.features),
+            p.head,
+            p.scale,
+            p.exp_scale,
+        )
+        first_row = state_row = 0
+        for i, feature in enumerate(p.features):
+            codes = (feature.kind, first_row, state_row, feature.log_scale, *feature.numbers)
+            structure.features[i] = _Feature(*codes)
+            first_row, state_row = first_row + feature.size, state_row + feature.state_rows
+        return structure
+
+    def _call(self, name: str, dtype: torch.dtype, *arguments: Tensor | int | None) -> None:
+        function = getattr(library(), f"l2l_{name}_{_SUFFIX[dtype]}")
+        for argument in arguments:
+            assert not isinstance(argument, Tensor) or (argument.is_contiguous() and argument.dtype == dtype)
+        if function(ctypes.byref(self._structure), *map(_argument, arguments), torch.get_num_threads()):
+            raise MemoryError("the fused kernel's working memory could not be allocated")
+
+    def __getstate__(self) -> dict[str, Program]:
+        return {"program": self.program}  # the structure is made anew in another process
+
+
+def _argument(argument: Tensor | int | None) -> ctypes.c_void_p | ctypes.c_int64:
+    if isinstance(argument, int):
+        return ctypes.c_int64(argument)
+    return ctypes.c_void_p(None if argument is None else argument.data_ptr())

@@ -1,6 +1,8 @@
 // The backward pass of a window for one group of coordinates: recompute its K steps in cache, then go back.
 #pragma once
 
+#include <optional>
+
 #include "window.h"
 
 namespace l2l {
@@ -89,9 +91,9 @@ template <class T> class GroupBackward {
     output_backward(record.layers.back().h, sums);
     for (int l = p_.layers - 1; l >= 0; --l) layer_backward(k, l, sums);
     if (a_.d_grads || a_.d_state) {
-      T d_grad[kBlock] = {};
+      alignas(64) T d_grad[kBlock];
       inputs_backward(w_.layers[0].input, p_.feature_size, 4 * p_.hidden_size, d_gates_, d_features_, false);
-      features_backward(p_, group<T>, grads_ + k * kBlock, record.feature_state, d_features_, adjoint_, d_grad);
+      features_backward<T>(p_, grads_ + k * kBlock, record.feature_state, d_features_, adjoint_, d_grad);
       if (a_.d_grads) scatter(d_grad, first_, a_.total, a_.d_grads + k * a_.total);
     }
   }
@@ -154,25 +156,28 @@ template <class T> void backward(const Program& p, const T* flat, const WindowAd
   const int64_t flush_every = std::max<int64_t>(1, 20 / a.steps);
   const size_t size = WeightSums<T>::size(p);
   std::vector<double> totals(size * parts, 0.0);
-#pragma omp parallel num_threads(threads) if (threads > 1)
+  bool failed = false;
+#pragma omp parallel num_threads(threads) if (threads > 1) reduction(|| : failed)
   {
     Arena& arena = thread_arena<T>();
-    arena.reserve(GroupBackward<T>::bytes(p, a.steps) + Arena::bytes<T>(size));
+    failed = !arena.reserve(GroupBackward<T>::bytes(p, a.steps) + Arena::bytes<T>(size));
     T* sums = arena.take<T>(size);
-    GroupBackward<T> group_backward(p, weights, a, arena);
+    std::optional<GroupBackward<T>> group_backward;
+    if (!failed) group_backward.emplace(p, weights, a, arena);
 #pragma omp for schedule(dynamic, 1)
     for (int part = 0; part < parts; ++part) {
       const int64_t begin = blocks * part / parts, end = blocks * (part + 1) / parts;
       double* total = totals.data() + size * part;
-      for (int64_t block = begin; block < end;) {
+      for (int64_t block = begin; block < end && !failed;) {
         std::fill_n(sums, size, T(0));
         for (const int64_t stop = std::min(block + flush_every, end); block < stop; ++block) {
-          for (int offset = 0; offset < kBlock; offset += group<T>) group_backward.run(block, offset, sums);
+          for (int offset = 0; offset < kBlock; offset += group<T>) group_backward->run(block, offset, sums);
         }
         for (size_t i = 0; i < size; ++i) total[i] += sums[i];
       }
     }
   }
+  if (failed) throw std::bad_alloc();
   std::vector<double> result(num_weights(p), 0.0);
   for (int part = 1; part < parts; ++part) {
     for (size_t i = 0; i < size; ++i) totals[i] += totals[size * part + i];

@@ -1,9 +1,8 @@
-// The features of optimizers/features.py, one coordinate after the other: two of thousands of operations.
+// The features of optimizers/features.py and their derivatives, one vector of coordinates after the other.
 //
-// Rows lie kBlock apart. `width` coordinates are processed.
+// Rows lie kBlock apart; `at` is the first coordinate of the vector.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -14,115 +13,139 @@ namespace l2l {
 
 constexpr double kTiny = 1e-30;  // as in features.py
 
-template <class T> T sign(T x) { return x > 0 ? T(1) : x < 0 ? T(-1) : x; }  // sign(±0) = 0, NaN stays NaN
-template <class T> T clip(T x, T low, T high) { return x < low ? low : x > high ? high : x; }  // likewise
-template <class T> bool inside(T x, T low, T high) { return x >= low && x <= high; }
+template <class T> L2L_INLINE Vec<T> magnitude(Vec<T> x) { return x < T(0) ? -x : x; }
+template <class T> L2L_INLINE Vec<T> sign(Vec<T> x) {  // sign(±0) = 0, NaN stays NaN
+  return x > T(0) ? broadcast<T>(1) : x < T(0) ? broadcast<T>(-1) : x;
+}
+template <class T> L2L_INLINE Vec<T> at_least(Vec<T> x, T low) { return x < low ? broadcast<T>(low) : x; }
+template <class T> L2L_INLINE Vec<T> clip(Vec<T> x, T low, T high) {
+  x = at_least<T>(x, low);
+  return x > high ? broadcast<T>(high) : x;
+}
+template <class T> L2L_INLINE Vec<T> where_inside(Vec<T> x, T low, T high, Vec<T> value) {
+  return (x >= low) & (x <= high) ? value : Vec<T>{};
+}
+template <class T> L2L_INLINE Vec<T> square_root(Vec<T> x) {
+  for (int lane = 0; lane < lanes<T>; ++lane) x[lane] = std::sqrt(x[lane]);
+  return x;
+}
+template <class T> L2L_INLINE Vec<T> one_minus_power(T base, Vec<T> exponent) {
+  Vec<T> result = broadcast<T>(1 - std::pow(base, T(exponent[0])));
+  for (int lane = 1; lane < lanes<T>; ++lane) {  // neighbours mostly belong to one problem
+    if (exponent[lane] != exponent[0]) result[lane] = 1 - std::pow(base, T(exponent[lane]));
+  }
+  return result;
+}
 
 // The quantities of one step of RNNprop that its outputs and its derivative share.
 template <class T> struct RNNpropStep {
-  T m, v, step, correction1, correction2, root, inverse;
-  bool above;
-  RNNpropStep(const L2LFeature& f, T grad, T m0, T v0, T step0) {
+  Vec<T> m, v, step, correction1, correction2, unbiased, root, inverse;
+  RNNpropStep(const L2LFeature& f, Vec<T> grad, const T* state) {
     const T b1 = T(f.a), b2 = T(f.b);
-    step = step0 + 1;
-    m = b1 * m0 + (T(1) - b1) * grad;
-    v = b2 * v0 + (T(1) - b2) * grad * grad;
-    correction1 = 1 - std::pow(b1, step);
-    correction2 = 1 - std::pow(b2, step);
-    const T unbiased = v / correction2;
-    above = !(unbiased < T(kTiny));
-    root = std::sqrt(above ? unbiased : T(kTiny));
-    inverse = 1 / (root + T(f.c));
+    m = b1 * load(state) + (T(1) - b1) * grad;
+    v = b2 * load(state + kBlock) + (T(1) - b2) * grad * grad;
+    step = load(state + 2 * kBlock) + T(1);
+    correction1 = one_minus_power<T>(b1, step);
+    correction2 = one_minus_power<T>(b2, step);
+    unbiased = v / correction2;
+    root = square_root<T>(at_least<T>(unbiased, T(kTiny)));
+    inverse = T(1) / (root + T(f.c));
   }
 };
 
 template <class T>
-void features_forward(const Program& p, int width, const T* grad, const T* state, T* next_state, T* out) {
-  for (int i = 0; i < p.num_features; ++i) {
-    const L2LFeature& f = p.features[i];
-    T* rows = out + f.first_row * kBlock;
-    const T* own = state + f.state_row * kBlock;
-    T* own_next = next_state + f.state_row * kBlock;
-    const T threshold = T(std::exp(-f.a)), gain = T(std::exp(f.a)), a = T(f.a), b = T(f.b);
-    for (int n = 0; n < width; ++n) {
-      const T g = grad[n], magnitude = std::abs(g);
-      switch (f.kind) {
-        case kIdentity:
-          rows[n] = a * g;
-          break;
-        case kLogSign:
-          rows[n] = std::log(magnitude < threshold ? threshold : magnitude) / a;
-          rows[n + kBlock] = magnitude >= threshold ? sign(g) : g * gain;
-          break;
-        case kLogSignClamp: {
-          const T log = std::log(magnitude + std::numeric_limits<T>::epsilon()) / a;
-          rows[n] = log < T(-1) ? T(-1) : log;
-          rows[n + kBlock] = clip(g * gain, T(-1), T(1));
-          break;
-        }
-        case kLogMagnitude:
-          rows[n] = clip(std::log(magnitude < T(kTiny) ? T(kTiny) : magnitude) / a, -b, b);
-          break;
-        case kRNNprop: {
-          const RNNpropStep<T> s(f, g, own[n], own[n + kBlock], own[n + 2 * kBlock]);
-          rows[n] = s.m / s.correction1 * s.inverse;
-          rows[n + kBlock] = g * s.inverse;
-          if (f.log_scale) rows[n + 2 * kBlock] = clip(std::log(s.root) / 10, T(-2), T(2));
-          own_next[n] = s.m;
-          own_next[n + kBlock] = s.v;
-          own_next[n + 2 * kBlock] = s.step;
-          break;
-        }
-      }
+L2L_INLINE void feature_forward(const L2LFeature& f, Vec<T> g, const T* state, T* next, T* out) {
+  const T a = T(f.a), b = T(f.b), threshold = T(std::exp(-f.a)), gain = T(std::exp(f.a));
+  switch (f.kind) {
+    case kIdentity:
+      store(out, a * g);
+      break;
+    case kLogSign:
+      store(out, log(at_least<T>(magnitude<T>(g), threshold)) / a);
+      store(out + kBlock, magnitude<T>(g) >= threshold ? sign<T>(g) : gain * g);
+      break;
+    case kLogSignClamp:
+      store(out, at_least<T>(log(magnitude<T>(g) + std::numeric_limits<T>::epsilon()) / a, T(-1)));
+      store(out + kBlock, clip<T>(gain * g, T(-1), T(1)));
+      break;
+    case kLogMagnitude:
+      store(out, clip<T>(log(at_least<T>(magnitude<T>(g), T(kTiny))) / a, -b, b));
+      break;
+    case kRNNprop: {
+      const RNNpropStep<T> s(f, g, state);
+      store(out, s.m / s.correction1 * s.inverse);
+      store(out + kBlock, g * s.inverse);
+      if (f.log_scale) store(out + 2 * kBlock, clip<T>(log(s.root) / T(10), T(-2), T(2)));
+      store(next, s.m);
+      store(next + kBlock, s.v);
+      store(next + 2 * kBlock, s.step);
+      break;
     }
   }
 }
 
-// Adds to d_grad; d_state holds the adjoint of the state after the step, and then that of the state before.
+// The derivative with respect to the gradient. d_state holds the adjoint of the state after the step, and then
+// that of the state before.
 template <class T>
-void features_backward(const Program& p, int width, const T* grad, const T* state, const T* d_out, T* d_state,
-                       T* d_grad) {
+L2L_INLINE Vec<T> feature_backward(const L2LFeature& f, Vec<T> g, const T* state, const T* d, T* d_state) {
+  const T a = T(f.a), b = T(f.b), threshold = T(std::exp(-f.a)), gain = T(std::exp(f.a));
+  switch (f.kind) {
+    case kIdentity:
+      return a * load(d);
+    case kLogSign:
+      return magnitude<T>(g) >= threshold ? load(d) / (a * g) : gain * load(d + kBlock);
+    case kLogSignClamp: {
+      const Vec<T> shifted = magnitude<T>(g) + std::numeric_limits<T>::epsilon();
+      const Vec<T> through_log = log(shifted) / a >= T(-1) ? sign<T>(g) * load(d) / (a * shifted) : Vec<T>{};
+      return through_log + where_inside<T>(gain * g, T(-1), T(1), gain * load(d + kBlock));
+    }
+    case kLogMagnitude: {
+      const Vec<T> size = magnitude<T>(g);
+      const Vec<T> slope = size >= T(kTiny) ? load(d) / (a * g) : Vec<T>{};
+      return where_inside<T>(log(at_least<T>(size, T(kTiny))) / a, -b, b, slope);
+    }
+    case kRNNprop: {
+      const RNNpropStep<T> s(f, g, state);
+      const Vec<T> d_m = load(d_state) + load(d) * s.inverse / s.correction1;
+      const Vec<T> d_inverse = load(d) * s.m / s.correction1 + load(d + kBlock) * g;
+      Vec<T> d_root = -d_inverse * s.inverse * s.inverse;
+      if (f.log_scale) {
+        const Vec<T> slope = load(d + 2 * kBlock) / (T(10) * s.root);
+        d_root += where_inside<T>(log(s.root) / T(10), T(-2), T(2), slope);
+      }
+      const Vec<T> slope = d_root / (T(2) * s.root * s.correction2);
+      const Vec<T> d_v = load(d_state + kBlock) + (s.unbiased >= T(kTiny) ? slope : Vec<T>{});
+      store(d_state, a * d_m);
+      store(d_state + kBlock, b * d_v);
+      return load(d + kBlock) * s.inverse + (T(1) - a) * d_m + T(2) * (T(1) - b) * g * d_v;
+    }
+  }
+  return Vec<T>{};
+}
+
+// All features of a group: grad (G), rows of the packed state before and after, F rows of outputs.
+template <class T>
+void features_forward(const Program& p, const T* grad, const T* state, T* next, T* out) {
   for (int i = 0; i < p.num_features; ++i) {
     const L2LFeature& f = p.features[i];
-    const T* d = d_out + f.first_row * kBlock;
-    const T* own = state + f.state_row * kBlock;
-    T* d_own = d_state + f.state_row * kBlock;
-    const T threshold = T(std::exp(-f.a)), gain = T(std::exp(f.a)), a = T(f.a), b = T(f.b);
-    for (int n = 0; n < width; ++n) {
-      const T g = grad[n], magnitude = std::abs(g);
-      switch (f.kind) {
-        case kIdentity:
-          d_grad[n] += a * d[n];
-          break;
-        case kLogSign:
-          d_grad[n] += magnitude >= threshold ? d[n] / (a * g) : gain * d[n + kBlock];
-          break;
-        case kLogSignClamp: {
-          const T shifted = magnitude + std::numeric_limits<T>::epsilon();
-          if (std::log(shifted) / a >= T(-1)) d_grad[n] += sign(g) * d[n] / (a * shifted);
-          if (inside(g * gain, T(-1), T(1))) d_grad[n] += gain * d[n + kBlock];
-          break;
-        }
-        case kLogMagnitude:
-          if (magnitude >= T(kTiny) && inside(std::log(magnitude) / a, -b, b)) d_grad[n] += d[n] / (a * g);
-          break;
-        case kRNNprop: {
-          const RNNpropStep<T> s(f, g, own[n], own[n + kBlock], own[n + 2 * kBlock]);
-          T d_m = d_own[n] + d[n] * s.inverse / s.correction1;
-          const T d_inverse = d[n] * s.m / s.correction1 + d[n + kBlock] * g;
-          T d_root = -d_inverse * s.inverse * s.inverse;
-          if (f.log_scale && inside(std::log(s.root) / 10, T(-2), T(2))) {
-            d_root += d[n + 2 * kBlock] / (10 * s.root);
-          }
-          T d_v = d_own[n + kBlock];
-          if (s.above) d_v += d_root / (2 * s.root * s.correction2);
-          d_grad[n] += d[n + kBlock] * s.inverse + (1 - a) * d_m + 2 * (1 - b) * g * d_v;
-          d_own[n] = a * d_m;
-          d_own[n + kBlock] = b * d_v;
-          break;
-        }
-      }
+    const int own = f.state_row * kBlock;
+    for (int at = 0; at < group<T>; at += lanes<T>) {
+      feature_forward<T>(f, load(grad + at), state + own + at, next + own + at, out + f.first_row * kBlock + at);
     }
+  }
+}
+
+// Fills d_grad (G) from the adjoints of the outputs; d_state as in feature_backward.
+template <class T>
+void features_backward(const Program& p, const T* grad, const T* state, const T* d_out, T* d_state, T* d_grad) {
+  for (int at = 0; at < group<T>; at += lanes<T>) {
+    Vec<T> total{};
+    for (int i = 0; i < p.num_features; ++i) {
+      const L2LFeature& f = p.features[i];
+      const int own = f.state_row * kBlock + at;
+      total += feature_backward<T>(f, load(grad + at), state + own, d_out + f.first_row * kBlock + at, d_state + own);
+    }
+    store(d_grad + at, total);
   }
 }
 

@@ -56,11 +56,9 @@ L2L_INLINE const T* accumulate(const T* weight, const T* rows, int count, Vec<T>
   return weight;
 }
 
-// A tile of `units` hidden units: pre-activations in registers, then the gates. Where records are kept, h and
-// c go there; c_before and c_after may be the same, h_before and h_after may not.
-template <class T, int units, bool keep>
-L2L_INLINE const T* layer_tile(const T* weight, const T* x, int inputs, const T* h_before, int hidden,
-                               const T* c_before, T* c_after, T* h_after, int unit, const LayerRecord<T>& record) {
+// Pre-activations of a tile of `units` hidden units, to rows of `gates` (4H rows).
+template <class T, int units>
+L2L_INLINE const T* gates_tile(const T* weight, const T* x, int inputs, const T* h, int hidden, int unit, T* gates) {
   Vec<T> sums[4 * units][kVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < 4 * units; ++r) {
@@ -68,41 +66,55 @@ L2L_INLINE const T* layer_tile(const T* weight, const T* x, int inputs, const T*
     for (int v = 0; v < kVectors; ++v) sums[r][v] = broadcast(weight[r]);
   }
   weight = accumulate<T, units>(weight + 4 * units, x, inputs, sums);
-  weight = accumulate<T, units>(weight, h_before, hidden, sums);
-#pragma GCC unroll 4
-  for (int u = 0; u < units; ++u) {
+  weight = accumulate<T, units>(weight, h, hidden, sums);
+#pragma GCC unroll 16
+  for (int r = 0; r < 4 * units; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      const int at = (unit + u) * kBlock + v * lanes<T>;
-      const Vec<T> i = sigmoid(sums[4 * u][v]), f = sigmoid(sums[4 * u + 1][v]);
-      const Vec<T> o = sigmoid(sums[4 * u + 2][v]), g = tanh(sums[4 * u + 3][v]);
-      const Vec<T> c = f * load(c_before + at) + i * g;
-      const Vec<T> tanh_c = tanh(c);
-      store(c_after + at, c);
-      store(h_after + at, o * tanh_c);
-      if (keep) {
-        store(record.i + at, i);
-        store(record.f + at, f);
-        store(record.o + at, o);
-        store(record.g + at, g);
-        store(record.tanh_c + at, tanh_c);
-      }
+      store(gates + (r % 4 * hidden + unit + r / 4) * kBlock + v * lanes<T>, sums[r][v]);
     }
   }
   return weight;
 }
 
+// One layer. c_before and c_after may be the same, h_before and h_after may not. With `keep`, the gates (4H
+// rows) are left in `gates` and tanh(c) in `kept_tanh_c`; else `gates` is scratch.
+//
+// Products and activations are passes of their own: an activation is a long chain of operations, and the chains
+// of many units must overlap.
 template <class T, bool keep>
 void layer_forward(const T* weight, const T* x, int inputs, const T* h_before, int hidden, const T* c_before,
-                   T* c_after, T* h_after, const LayerRecord<T>& record) {
+                   T* c_after, T* h_after, T* gates, T* kept_tanh_c) {
   int unit = 0;
   for (; unit + kTileUnits <= hidden; unit += kTileUnits) {
-    weight = layer_tile<T, kTileUnits, keep>(weight, x, inputs, h_before, hidden, c_before, c_after, h_after,
-                                             unit, record);
+    weight = gates_tile<T, kTileUnits>(weight, x, inputs, h_before, hidden, unit, gates);
   }
   static_assert(kTileUnits <= 2, "the rest of the units is one unit at most");
-  if (unit < hidden) {
-    layer_tile<T, 1, keep>(weight, x, inputs, h_before, hidden, c_before, c_after, h_after, unit, record);
+  if (unit < hidden) gates_tile<T, 1>(weight, x, inputs, h_before, hidden, unit, gates);
+  const int size = hidden * kBlock;
+  for (int row = 0; row < size; row += kBlock) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const int at = row + v * lanes<T>;
+      const Vec<T> i = sigmoid(load(gates + at)), f = sigmoid(load(gates + size + at));
+      const Vec<T> o = sigmoid(load(gates + 2 * size + at)), g = tanh(load(gates + 3 * size + at));
+      store(c_after + at, f * load(c_before + at) + i * g);
+      store(gates + 2 * size + at, o);
+      if (keep) {
+        store(gates + at, i);
+        store(gates + size + at, f);
+        store(gates + 3 * size + at, g);
+      }
+    }
+  }
+  for (int row = 0; row < size; row += kBlock) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const int at = row + v * lanes<T>;
+      const Vec<T> tanh_c = tanh(load(c_after + at));
+      store(h_after + at, load(gates + 2 * size + at) * tanh_c);
+      if (keep) store(kept_tanh_c + at, tanh_c);
+    }
   }
 }
 

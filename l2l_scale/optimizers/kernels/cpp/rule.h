@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdlib>
-#include <new>
 #include <vector>
 
 #include "features.h"
@@ -19,14 +18,15 @@ class Arena {
     used_ += bytes<T>(count);
     return result;
   }
-  // Start over with room for so many bytes; what was taken before is void.
-  void reserve(size_t size) {
+  // Start over with room for so many bytes; what was taken before is void. False if there is no memory: an
+  // exception must not leave a thread.
+  bool reserve(size_t size) {
     used_ = 0;
-    if (size <= size_) return;
+    if (size <= size_) return true;
     std::free(memory_);
     memory_ = std::aligned_alloc(64, (size + 63) / 64 * 64);
     size_ = memory_ ? size : 0;
-    if (!memory_) throw std::bad_alloc();
+    return memory_ != nullptr;
   }
   template <class T> static size_t bytes(size_t count) { return (count * sizeof(T) + 63) / 64 * 64; }
 
@@ -119,17 +119,20 @@ template <class T> void head_backward(const Program& p, const T* outputs, const 
 }
 
 // One step that keeps nothing. `state` and `next` (rows of the packed state) may be the same memory; `scratch`
-// has F + H + head_size rows.
+// has step_scratch_rows.
+inline int step_scratch_rows(const Program& p) { return p.feature_size + 5 * p.hidden_size + head_size(p); }
 template <class T>
 void step_forward(const Program& p, const Weights<T>& w, const T* grad, const T* state, T* next, T* update,
                   T* scratch) {
-  T *features = scratch, *h = features + p.feature_size * kBlock, *outputs = h + p.hidden_size * kBlock;
-  features_forward(p, group<T>, grad, state, next, features);
+  T *features = scratch, *h = features + p.feature_size * kBlock;
+  T *gates = h + p.hidden_size * kBlock, *outputs = gates + 4 * p.hidden_size * kBlock;
+  features_forward<T>(p, grad, state, next, features);
   const T* x = features;
   for (int l = 0; l < p.layers; ++l) {
     T* h_next = next + h_row(p, l) * kBlock;
     layer_forward<T, false>(w.layers[l].packed.data(), x, input_size(p, l), state + h_row(p, l) * kBlock,
-                            p.hidden_size, state + c_row(p, l) * kBlock, next + c_row(p, l) * kBlock, h, {});
+                            p.hidden_size, state + c_row(p, l) * kBlock, next + c_row(p, l) * kBlock, h, gates,
+                            nullptr);
     for (int unit = 0; unit < p.hidden_size; ++unit) {
       for (int v = 0; v < kVectors; ++v) {
         store(h_next + unit * kBlock + v * lanes<T>, load(h + unit * kBlock + v * lanes<T>));
@@ -146,12 +149,12 @@ void step_forward(const Program& p, const Weights<T>& w, const T* grad, const T*
 template <class T>
 void step_record(const Program& p, const Weights<T>& w, const T* grad, const T* const* h_before,
                  const T* const* c_before, T* feature_state, StepRecord<T>& record) {
-  features_forward(p, group<T>, grad, record.feature_state, feature_state, record.features);
+  features_forward<T>(p, grad, record.feature_state, feature_state, record.features);
   const T* x = record.features;
   for (int l = 0; l < p.layers; ++l) {
     LayerRecord<T>& layer = record.layers[l];
     layer_forward<T, true>(w.layers[l].packed.data(), x, input_size(p, l), h_before[l], p.hidden_size,
-                           c_before[l], layer.c, layer.h, layer);
+                           c_before[l], layer.c, layer.h, layer.i, layer.tanh_c);
     x = layer.h;
   }
   if (p.head == kTanhExp) outputs_forward(p, w, x, record.outputs);

@@ -1,6 +1,6 @@
 // Vectors of L lanes in the compiler's own vector extension, so that one source serves every processor.
 //
-// One lane is one coordinate. What the extension lacks (reciprocal, clamping) is written per instruction set.
+// One lane is one coordinate. What the extension lacks (clamping) is written per instruction set.
 #pragma once
 
 #include <cmath>
@@ -63,19 +63,6 @@ L2L_INLINE Vec<float> clamp(Vec<float> x, float low, float high) {
 #endif
 }
 
-// 1/x to the last bit or so: an estimate and one step of Newton's method.
-L2L_INLINE Vec<float> reciprocal(Vec<float> x) {
-#if defined(__AVX512F__)
-  const Vec<float> estimate = (Vec<float>)_mm512_rcp14_ps((__m512)x);
-  return estimate + estimate * (1.0f - x * estimate);
-#elif defined(__AVX2__)
-  const Vec<float> estimate = (Vec<float>)_mm256_rcp_ps((__m256)x);
-  return estimate + estimate * (1.0f - x * estimate);
-#else
-  return 1.0f / x;
-#endif
-}
-
 // 2^t = scale · (1 + rest) with |t| <= 126 and scale a power of two. Minimax
 // polynomial on [-1/2, 1/2], relative error 8.1e-8.
 struct Power {
@@ -102,14 +89,14 @@ L2L_INLINE Power power_of_two(Vec<float> t) {
 
 L2L_INLINE Vec<float> sigmoid(Vec<float> x) {
   const Power e = power_of_two(clamp(x * -1.44269504f, -80.0f, 80.0f));
-  return reciprocal(e.scale * e.rest + (e.scale + 1.0f));
+  return 1.0f / (e.scale * e.rest + (e.scale + 1.0f));
 }
 
 // (e^2x − 1) / (e^2x + 1), with e^2x − 1 free of cancellation near zero.
 L2L_INLINE Vec<float> tanh(Vec<float> x) {
   const Power e = power_of_two(clamp(x * 2.88539008f, -40.0f, 40.0f));
   const Vec<float> less_one = e.scale * e.rest + (e.scale - 1.0f);
-  return less_one * reciprocal(less_one + 2.0f);
+  return less_one / (less_one + 2.0f);
 }
 
 L2L_INLINE Vec<float> exp(Vec<float> x) {
@@ -117,10 +104,38 @@ L2L_INLINE Vec<float> exp(Vec<float> x) {
   return e.scale * e.rest + e.scale;
 }
 
+// x = 2^e · m with m in [√½, √2), and log m by Cephes' polynomial (logf). Normal numbers, ∞ and NaN only.
+L2L_INLINE Vec<float> log(Vec<float> x) {
+  typedef int32_t Ints __attribute__((vector_size(kBytes)));
+  Ints bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const Ints exponent = (bits - 0x3f3504f3) >> 23;
+  bits -= exponent << 23;
+  Vec<float> m;
+  std::memcpy(&m, &bits, sizeof m);
+  const Vec<float> e = __builtin_convertvector(exponent, Vec<float>), f = m - 1.0f, square = f * f;
+  Vec<float> p = broadcast<float>(7.0376836292e-2f);
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const Vec<float> rest = p * f * square - 2.12194440e-4f * e - 0.5f * square;
+  const Vec<float> result = f + rest + 0.693359375f * e;
+  return x < std::numeric_limits<float>::infinity() ? result : x;
+}
+
 // --- double: the oracle's own functions ---------------------------------------------------------------------
 
 L2L_INLINE Vec<double> sigmoid(Vec<double> x) {
   for (int lane = 0; lane < lanes<double>; ++lane) x[lane] = 1.0 / (1.0 + std::exp(-x[lane]));
+  return x;
+}
+L2L_INLINE Vec<double> log(Vec<double> x) {
+  for (int lane = 0; lane < lanes<double>; ++lane) x[lane] = std::log(x[lane]);
   return x;
 }
 L2L_INLINE Vec<double> exp(Vec<double> x) {

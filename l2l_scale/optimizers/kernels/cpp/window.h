@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
 #include <vector>
 
 #include "outer.h"
@@ -35,15 +36,16 @@ void forward(const Program& p, const T* flat, int64_t total, const T* grad, cons
              int threads) {
   const Weights<T> weights(p, flat);
   const int64_t blocks = (total + kBlock - 1) / kBlock, stride = int64_t(state_rows(p)) * kBlock;
-  const size_t scratch_size = size_t(p.feature_size + p.hidden_size + head_size(p)) * kBlock;
-#pragma omp parallel num_threads(threads) if (threads > 1)
+  const size_t scratch_size = size_t(step_scratch_rows(p)) * kBlock;
+  bool failed = false;
+#pragma omp parallel num_threads(threads) if (threads > 1) reduction(|| : failed)
   {
     Arena& arena = thread_arena<T>();
-    arena.reserve(Arena::bytes<T>(scratch_size) + 2 * Arena::bytes<T>(kBlock));
+    failed = !arena.reserve(Arena::bytes<T>(scratch_size) + 2 * Arena::bytes<T>(kBlock));
     T *scratch = arena.take<T>(scratch_size), *g = arena.take<T>(kBlock), *u = arena.take<T>(kBlock);
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < blocks; ++block) {
-      for (int offset = 0; offset < kBlock; offset += group<T>) {
+      for (int offset = 0; offset < kBlock && !failed; offset += group<T>) {
         const int64_t first = block * kBlock + offset;
         gather(grad, first, total, g);
         step_forward(p, weights, g, state + block * stride + offset, next + block * stride + offset, u, scratch);
@@ -51,6 +53,7 @@ void forward(const Program& p, const T* flat, int64_t total, const T* grad, cons
       }
     }
   }
+  if (failed) throw std::bad_alloc();
 }
 
 // What the backward pass of a window is given and gives back. Either loss_weights or d_updates is there.

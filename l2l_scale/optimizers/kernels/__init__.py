@@ -36,5 +36,5 @@ def make_kernel(rule: UpdateRule, device: torch.device, bf16: bool = False) -> K
     """
     program = program_of(rule)
     if device.type == "cpu":
-        return NativeKernel(program)
+        return NativeKernel(program, bf16)
     raise KernelUnavailableError(f"there is no fused kernel for {device.type} devices")

@@ -31,10 +31,11 @@ _FLAGS = [
     "-fno-trapping-math",
 ]
 _THREADS = ["-fopenmp"]
-_INSTRUCTION_SETS = {
-    "AVX512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
-    "AVX2": ["-mavx2", "-mfma"],
-}
+BFLOAT16 = "AVX512_BF16"
+"""The instruction set that has products of bfloat16."""
+_AVX2 = ["-mavx2", "-mfma"]
+_AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+_INSTRUCTION_SETS = {"AVX2": _AVX2, "AVX512": _AVX512, BFLOAT16: [*_AVX512, "-mavx512bf16"]}
 
 
 class KernelUnavailableError(RuntimeError):
@@ -43,7 +44,8 @@ class KernelUnavailableError(RuntimeError):
 
 def instruction_set() -> str:
     """What the kernel is built for: that of torch's own kernels (so ATEN_CPU_CAPABILITY=avx2 lowers both)."""
-    return torch.backends.cpu.get_cpu_capability()
+    name = torch.backends.cpu.get_cpu_capability()
+    return BFLOAT16 if name == "AVX512" and torch.cpu._is_avx512_bf16_supported() else name
 
 
 @cache
@@ -53,9 +55,8 @@ def library() -> ctypes.CDLL:
     Raises:
         KernelUnavailableError: if there is no C++ compiler, or it fails.
     """
-    prebuilt = _SOURCES / f"kernel_{instruction_set().lower()}.so"
     try:
-        return ctypes.CDLL(str(prebuilt if prebuilt.is_file() else _built()))
+        return ctypes.CDLL(str(_built()))
     except OSError as error:
         raise KernelUnavailableError(f"the fused kernel cannot be loaded: {error}") from error
 

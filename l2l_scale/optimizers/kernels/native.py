@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from l2l_scale.optimizers.kernels.base import Kernel, StepGradient
-from l2l_scale.optimizers.kernels.build import instruction_set, library
+from l2l_scale.optimizers.kernels.build import BFLOAT16, KernelUnavailableError, instruction_set, library
 from l2l_scale.optimizers.kernels.program import MAX_FEATURES, Program
 
 _SUFFIX = {torch.float32: "float32", torch.float64: "float64"}
@@ -38,19 +38,25 @@ class NativeKernel(Kernel):
 
     Args:
         program: of the rule.
+        bf16: round the operands of matrix products to bfloat16 where numbers are float32; sums stay float32.
 
     Raises:
-        KernelUnavailableError: if it cannot be built here.
+        KernelUnavailableError: if it cannot be built here, or the CPU has no products of bfloat16.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, bf16: bool = False) -> None:
         super().__init__(program)
+        self.bf16 = bf16
+        if bf16 and instruction_set() != BFLOAT16:
+            raise KernelUnavailableError(
+                f"this CPU ({instruction_set()}) cannot multiply bfloat16 ({BFLOAT16}); use backend 'fused'"
+            )
         library()
 
     @property
     def name(self) -> str:
         """C++ and the instruction set."""
-        return f"C++ {instruction_set()}"
+        return f"C++ {instruction_set()}{', products in bfloat16' if self.bf16 else ''}"
 
     def step(self, weights: Tensor, grad: Tensor, state: Tensor, out: Tensor) -> Tensor:
         """One inner step."""
@@ -101,14 +107,15 @@ class NativeKernel(Kernel):
         return structure
 
     def _call(self, name: str, dtype: torch.dtype, *arguments: Tensor | int | None) -> None:
-        function = getattr(library(), f"l2l_{name}_{_SUFFIX[dtype]}")
+        suffix = "bfloat16" if self.bf16 and dtype == torch.float32 else _SUFFIX[dtype]
+        function = getattr(library(), f"l2l_{name}_{suffix}")
         for argument in arguments:
             assert not isinstance(argument, Tensor) or (argument.is_contiguous() and argument.dtype == dtype)
         if function(ctypes.byref(self._structure), *map(_argument, arguments), torch.get_num_threads()):
             raise MemoryError("the fused kernel's working memory could not be allocated")
 
-    def __getstate__(self) -> dict[str, Program]:
-        return {"program": self.program}  # the structure is made anew in another process
+    def __getstate__(self) -> dict[str, Program | bool]:
+        return {"program": self.program, "bf16": self.bf16}  # the structure is made anew in another process
 
 
 def _argument(argument: Tensor | int | None) -> ctypes.c_void_p | ctypes.c_int64:

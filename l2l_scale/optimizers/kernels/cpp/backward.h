@@ -7,9 +7,12 @@
 
 namespace l2l {
 
-template <class T> class GroupBackward {
+template <class P> class GroupBackward {
+  using T = typename P::Scalar;
+  using Operand = typename P::Operand;
+
  public:
-  GroupBackward(const Program& p, const Weights<T>& w, const WindowAdjoint<T>& a, Arena& arena)
+  GroupBackward(const Program& p, const Weights<P>& w, const WindowAdjoint<T>& a, Arena& arena)
       : p_(p), w_(w), a_(a) {
     const int gates = 4 * p.hidden_size;
     const size_t record_size = size_t(StepRecord<T>::rows(p)) * kBlock;
@@ -23,16 +26,18 @@ template <class T> class GroupBackward {
     d_outputs_ = arena.take<T>(size_t(head_size(p)) * kBlock);
     d_features_ = arena.take<T>(size_t(p.feature_size) * kBlock);
     d_gates_ = arena.take<T>(size_t(padded<T>(gates)) * kBlock);
-    transposed_ = arena.take<T>(size_t(padded<T>(gates)) * kBlock);
+    operands_ = arena.take<Operand>(size_t(padded<T>(gates)) * kBlock);
+    transposed_ = arena.take<Operand>(size_t(padded<T>(gates)) * kBlock);
+    row_operands_ = arena.take<Operand>(size_t(operand_rows(p) + 1) * kBlock);
     ones_ = arena.take<T>(kBlock);
     std::fill_n(ones_, kBlock, T(1));
     std::fill_n(d_gates_, size_t(padded<T>(gates)) * kBlock, T(0));
-    rows_.resize(std::max(p.feature_size, p.hidden_size) + p.hidden_size + 1);
+    rows_.resize(operand_rows(p) + 1);
   }
 
   static size_t bytes(const Program& p, int64_t steps) {
     const size_t rows = size_t(StepRecord<T>::rows(p)) * steps + steps + 1 + 2 * state_rows(p) + p.feature_rows +
-                        2 + head_size(p) + p.feature_size + 2 * padded<T>(4 * p.hidden_size);
+                        3 + head_size(p) + p.feature_size + 3 * padded<T>(4 * p.hidden_size) + operand_rows(p);
     return rows * kBlock * sizeof(T) + 16 * 64;
   }
 
@@ -64,14 +69,13 @@ template <class T> class GroupBackward {
   void recompute() {
     const int64_t kept = a_.loss_weights ? a_.steps + 1 : a_.steps;
     for (int k = 0; k < kept; ++k) gather(a_.grads + k * a_.total, first_, a_.total, grads_ + k * kBlock);
-    std::vector<const T*>& h = rows_;
-    std::vector<const T*> c(p_.layers);
-    if (int(h.size()) < p_.layers) h.resize(p_.layers);
+    std::vector<const T*> h(p_.layers), c(p_.layers);
     copy_rows(start_, p_.feature_rows, feature_end_);
     for (int k = 0; k < a_.steps; ++k) {
       for (int l = 0; l < p_.layers; ++l) h[l] = h_before(k, l), c[l] = c_before(k, l);
       copy_rows(feature_end_, p_.feature_rows, records_[k].feature_state);
-      step_record(p_, w_, grads_ + k * kBlock, h.data(), c.data(), feature_end_, records_[k]);
+      step_record(p_, w_, grads_ + k * kBlock, h.data(), c.data(), feature_end_, row_operands_,
+                  records_[k]);
     }
   }
 
@@ -92,7 +96,7 @@ template <class T> class GroupBackward {
     for (int l = p_.layers - 1; l >= 0; --l) layer_backward(k, l, sums);
     if (a_.d_grads || a_.d_state) {
       alignas(64) T d_grad[kBlock];
-      inputs_backward(w_.layers[0].input, p_.feature_size, 4 * p_.hidden_size, d_gates_, d_features_, false);
+      inputs_backward<P>(w_.layers[0].input, p_.feature_size, 4 * p_.hidden_size, gate_operands(), d_features_, false);
       features_backward<T>(p_, grads_ + k * kBlock, record.feature_state, d_features_, adjoint_, d_grad);
       if (a_.d_grads) scatter(d_grad, first_, a_.total, a_.d_grads + k * a_.total);
     }
@@ -126,31 +130,43 @@ template <class T> class GroupBackward {
     T *d_h = adjoint_ + h_row(p_, l) * kBlock, *d_c = adjoint_ + c_row(p_, l) * kBlock;
     gates_backward(records_[k].layers[l], c_before(k, l), hidden, d_h, d_c, d_gates_);
     const T* x = l ? records_[k].layers[l - 1].h : records_[k].features;
-    for (int row = 0; row < inputs; ++row) rows_[row] = x + row * kBlock;
-    for (int row = 0; row < hidden; ++row) rows_[inputs + row] = h_before(k, l) + row * kBlock;
-    rows_[inputs + hidden] = ones_;
-    transpose_gates(d_gates_, gates, transposed_);
-    outer_product<T>(transposed_, gates, rows_.data(), inputs + hidden + 1, sums);
-    inputs_backward(w_.layers[l].hidden, hidden, gates, d_gates_, d_h, false);
-    if (l) inputs_backward(w_.layers[l].input, inputs, gates, d_gates_, adjoint_ + h_row(p_, l - 1) * kBlock, true);
+    int row = 0;
+    point_to(x, inputs, row);
+    point_to(h_before(k, l), hidden, row);
+    point_to(ones_, 1, row);
+    transpose_gates<P>(P::along_lanes(d_gates_, padded<T>(gates), operands_), gates, transposed_);
+    outer_product<P>(transposed_, gates, rows_.data(), row, sums);
+    const Operand* d = gate_operands();
+    inputs_backward<P>(w_.layers[l].hidden, hidden, gates, d, d_h, false);
+    if (l) inputs_backward<P>(w_.layers[l].input, inputs, gates, d, adjoint_ + h_row(p_, l - 1) * kBlock, true);
+  }
+
+  // The adjoints of the gates of the layer that was last gone through, as operands along the rows.
+  const Operand* gate_operands() { return P::along_rows(d_gates_, 4 * p_.hidden_size, operands_); }
+
+  // Append rows, as operands along the lanes, to the rows of an outer product.
+  void point_to(const T* from, int count, int& row) {
+    const Operand* operands = P::along_lanes(from, count, row_operands_ + row * kBlock);
+    for (int i = 0; i < count; ++i) rows_[row++] = operands + i * kBlock;
   }
 
   const Program& p_;
-  const Weights<T>& w_;
+  const Weights<P>& w_;
   const WindowAdjoint<T>& a_;
   int64_t first_ = 0;
   std::vector<StepRecord<T>> records_;
-  std::vector<const T*> rows_;
-  T *grads_, *start_, *adjoint_, *feature_end_, *d_update_, *d_outputs_, *d_features_, *d_gates_, *transposed_,
-      *ones_;
+  std::vector<const Operand*> rows_;
+  T *grads_, *start_, *adjoint_, *feature_end_, *d_update_, *d_outputs_, *d_features_, *d_gates_, *ones_;
+  Operand *operands_, *transposed_, *row_operands_;
 };
 
 // φ's gradient of a window, and where asked for the adjoints of the state at its start and of its gradients.
 //
 // The sums do not depend on the number of threads: coordinates are dealt to a number of parts that follows from
 // the problem alone, and the parts are added in order. Float sums are short; long ones are kept in double.
-template <class T> void backward(const Program& p, const T* flat, const WindowAdjoint<T>& a, int threads) {
-  const Weights<T> weights(p, flat);
+template <class P, class T = typename P::Scalar>
+void backward(const Program& p, const T* flat, const WindowAdjoint<T>& a, int threads) {
+  const Weights<P> weights(p, flat);
   const int64_t blocks = (a.total + kBlock - 1) / kBlock;
   const int parts = int(std::clamp<int64_t>(a.total * a.steps / 640, 1, 32));
   const int64_t flush_every = std::max<int64_t>(1, 20 / a.steps);
@@ -160,9 +176,9 @@ template <class T> void backward(const Program& p, const T* flat, const WindowAd
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(|| : failed)
   {
     Arena& arena = thread_arena<T>();
-    failed = !arena.reserve(GroupBackward<T>::bytes(p, a.steps) + Arena::bytes<T>(size));
+    failed = !arena.reserve(GroupBackward<P>::bytes(p, a.steps) + Arena::bytes<T>(size));
     T* sums = arena.take<T>(size);
-    std::optional<GroupBackward<T>> group_backward;
+    std::optional<GroupBackward<P>> group_backward;
     if (!failed) group_backward.emplace(p, weights, a, arena);
 #pragma omp for schedule(dynamic, 1)
     for (int part = 0; part < parts; ++part) {

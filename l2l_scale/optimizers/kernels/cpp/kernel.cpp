@@ -7,25 +7,25 @@
 
 namespace {
 
-template <class T>
+template <class P, class T = typename P::Scalar>
 int forward(const L2LProgram* program, const T* weights, int64_t total, const T* grad, const T* state, T* next,
             T* update, int threads) {
   try {
-    l2l::forward<T>(*program, weights, total, grad, state, next, update, threads);
+    l2l::forward<P>(*program, weights, total, grad, state, next, update, threads);
     return 0;
   } catch (const std::bad_alloc&) {
     return 1;
   }
 }
 
-template <class T>
+template <class P, class T = typename P::Scalar>
 int backward(const L2LProgram* program, const T* weights, int64_t total, int64_t coordinates, int64_t steps,
              const T* grads, const T* loss_weights, const T* d_updates, const T* state, const T* d_state_end,
              T* d_weights, T* d_state, T* d_grads, int threads) {
   try {
     const l2l::WindowAdjoint<T> adjoint{total, coordinates, steps,     grads,   loss_weights, d_updates,
                                         state, d_state_end, d_weights, d_state, d_grads};
-    l2l::backward<T>(*program, weights, adjoint, threads);
+    l2l::backward<P>(*program, weights, adjoint, threads);
     return 0;
   } catch (const std::bad_alloc&) {
     return 1;
@@ -34,18 +34,21 @@ int backward(const L2LProgram* program, const T* weights, int64_t total, int64_t
 
 }  // namespace
 
-#define L2L_EXPORT(T, suffix)                                                                                  \
+#define L2L_EXPORT(P, T, suffix)                                                                                \
   extern "C" int l2l_forward_##suffix(const L2LProgram* program, const T* weights, int64_t total, const T* grad, \
                                       const T* state, T* next, T* update, int threads) {                       \
-    return forward<T>(program, weights, total, grad, state, next, update, threads);                            \
+    return forward<P>(program, weights, total, grad, state, next, update, threads);                            \
   }                                                                                                            \
   extern "C" int l2l_backward_##suffix(                                                                        \
       const L2LProgram* program, const T* weights, int64_t total, int64_t coordinates, int64_t steps, const T* grads, \
       const T* loss_weights, const T* d_updates, const T* state, const T* d_state_end, T* d_weights, T* d_state,  \
       T* d_grads, int threads) {                                                                               \
-    return backward<T>(program, weights, total, coordinates, steps, grads, loss_weights, d_updates, state,      \
+    return backward<P>(program, weights, total, coordinates, steps, grads, loss_weights, d_updates, state,      \
                        d_state_end, d_weights, d_state, d_grads, threads);                                     \
   }
 
-L2L_EXPORT(float, float32)
-L2L_EXPORT(double, float64)
+L2L_EXPORT(l2l::Exact<float>, float, float32)
+L2L_EXPORT(l2l::Exact<double>, double, float64)
+#if defined(__AVX512BF16__)
+L2L_EXPORT(l2l::Bfloat16, float, bfloat16)
+#endif

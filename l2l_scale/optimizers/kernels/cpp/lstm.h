@@ -5,9 +5,10 @@
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 #include "program.h"
-#include "simd.h"
+#include "products.h"
 
 namespace l2l {
 
@@ -22,51 +23,69 @@ template <class T> struct LayerRecord {
   static constexpr int rows_per_unit = 7;
 };
 
-// Weights in the order in which the forward tiles read them: per tile of units, the biases, then for every
-// input and hidden row the 4 gates of each unit.
-template <class T>
-void pack_forward(const T* weight_input, const T* weight_hidden, const T* bias, int inputs, int hidden, T* out) {
-  for (int first = 0; first < hidden; first += kTileUnits) {
-    const int last = std::min(first + kTileUnits, hidden);
-    for (int row = -1; row < inputs + hidden; ++row) {
+// Weights in the order in which the forward tiles read them: per tile of units, for every operand of the input
+// and hidden rows, the 4 gates of each unit. The biases likewise.
+template <class P> struct ForwardWeights {
+  using T = typename P::Scalar;
+  std::vector<T> biases;
+  std::vector<typename P::Operand> operands;
+
+  ForwardWeights(const T* weight_input, const T* weight_hidden, const T* bias, int inputs, int hidden) {
+    for (int first = 0; first < hidden; first += kTileUnits) {
+      const int last = std::min(first + kTileUnits, hidden);
+      for (int unit = first; unit < last; ++unit) {
+        for (int gate = 0; gate < 4; ++gate) biases.push_back(bias[gate * hidden + unit]);
+      }
+      add(weight_input, inputs, hidden, first, last);
+      add(weight_hidden, hidden, hidden, first, last);
+    }
+  }
+
+ private:
+  void add(const T* weight, int columns, int hidden, int first, int last) {
+    for (int column = 0; column < columns; column += P::depth) {
       for (int unit = first; unit < last; ++unit) {
         for (int gate = 0; gate < 4; ++gate) {
-          const int line = gate * hidden + unit;
-          *out++ = row < 0        ? bias[line]
-                   : row < inputs ? weight_input[line * inputs + row]
-                                  : weight_hidden[line * hidden + row - inputs];
+          const T* line = weight + (gate * hidden + unit) * columns;
+          const T next = P::depth > 1 && column + 1 < columns ? line[column + 1] : T(0);
+          operands.push_back(P::operand(line[column], next));
         }
       }
     }
   }
-}
+};
 
-template <class T, int units>
-L2L_INLINE const T* accumulate(const T* weight, const T* rows, int count, Vec<T> (&sums)[4 * units][kVectors]) {
+template <class P, int units>
+L2L_INLINE const typename P::Operand* accumulate(const typename P::Operand* weight, const typename P::Operand* rows,
+                                                 int count, Numbers<P> (&sums)[4 * units][kVectors]) {
   for (int row = 0; row < count; ++row, rows += kBlock, weight += 4 * units) {
-    Vec<T> x[kVectors];
+    Operands<P> x[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) x[v] = load(rows + v * lanes<T>);
+    for (int v = 0; v < kVectors; ++v) x[v] = load(rows + v * lanes<typename P::Operand>);
 #pragma GCC unroll 16
     for (int r = 0; r < 4 * units; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sums[r][v] += weight[r] * x[v];
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = P::multiply_add(weight[r], x[v], sums[r][v]);
     }
   }
   return weight;
 }
 
-// Pre-activations of a tile of `units` hidden units, to rows of `gates` (4H rows).
-template <class T, int units>
-L2L_INLINE const T* gates_tile(const T* weight, const T* x, int inputs, const T* h, int hidden, int unit, T* gates) {
+// Pre-activations of all units from `unit` on, a tile after the other, to rows of `gates` (4H rows); x and h are
+// operands along the rows, so and so many deep.
+template <class P, int units>
+L2L_INLINE void gates_tile(const ForwardWeights<P>& w, const typename P::Operand*& weight,
+                           const typename P::Operand* x, int inputs, const typename P::Operand* h, int hidden,
+                           int unit, typename P::Scalar* gates) {
+  using T = typename P::Scalar;
   Vec<T> sums[4 * units][kVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < 4 * units; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sums[r][v] = broadcast(weight[r]);
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = broadcast(w.biases[4 * unit + r]);
   }
-  weight = accumulate<T, units>(weight + 4 * units, x, inputs, sums);
-  weight = accumulate<T, units>(weight, h, hidden, sums);
+  weight = accumulate<P, units>(weight, x, deep<P>(inputs), sums);
+  weight = accumulate<P, units>(weight, h, deep<P>(hidden), sums);
 #pragma GCC unroll 16
   for (int r = 0; r < 4 * units; ++r) {
 #pragma GCC unroll 4
@@ -74,23 +93,24 @@ L2L_INLINE const T* gates_tile(const T* weight, const T* x, int inputs, const T*
       store(gates + (r % 4 * hidden + unit + r / 4) * kBlock + v * lanes<T>, sums[r][v]);
     }
   }
-  return weight;
 }
 
-// One layer. c_before and c_after may be the same, h_before and h_after may not. With `keep`, the gates (4H
-// rows) are left in `gates` and tanh(c) in `kept_tanh_c`; else `gates` is scratch.
+// One layer; x and h_before are operands along the rows. c_before and c_after may be the same. With `keep`, the
+// gates (4H rows) are left in `gates` and tanh(c) in `kept_tanh_c`; else `gates` is scratch.
 //
 // Products and activations are passes of their own: an activation is a long chain of operations, and the chains
 // of many units must overlap.
-template <class T, bool keep>
-void layer_forward(const T* weight, const T* x, int inputs, const T* h_before, int hidden, const T* c_before,
-                   T* c_after, T* h_after, T* gates, T* kept_tanh_c) {
+template <class P, bool keep, class T = typename P::Scalar>
+void layer_forward(const ForwardWeights<P>& w, const typename P::Operand* x, int inputs,
+                   const typename P::Operand* h_before, int hidden, const T* c_before, T* c_after, T* h_after,
+                   T* gates, T* kept_tanh_c) {
+  const typename P::Operand* weight = w.operands.data();
   int unit = 0;
   for (; unit + kTileUnits <= hidden; unit += kTileUnits) {
-    weight = gates_tile<T, kTileUnits>(weight, x, inputs, h_before, hidden, unit, gates);
+    gates_tile<P, kTileUnits>(w, weight, x, inputs, h_before, hidden, unit, gates);
   }
   static_assert(kTileUnits <= 2, "the rest of the units is one unit at most");
-  if (unit < hidden) gates_tile<T, 1>(weight, x, inputs, h_before, hidden, unit, gates);
+  if (unit < hidden) gates_tile<P, 1>(w, weight, x, inputs, h_before, hidden, unit, gates);
   const int size = hidden * kBlock;
   for (int row = 0; row < size; row += kBlock) {
 #pragma GCC unroll 4
@@ -139,9 +159,23 @@ void gates_backward(const LayerRecord<T>& r, const T* c_before, int hidden, cons
   }
 }
 
+// Weights for the way back: operands along the gates, (4H / depth, columns).
+template <class P> struct BackwardWeights {
+  std::vector<typename P::Operand> operands;
+
+  BackwardWeights(const typename P::Scalar* weight, int columns, int gates) {  // 4H is even
+    for (int gate = 0; gate < gates; gate += P::depth) {
+      const auto *line = weight + gate * columns, *next = line + (P::depth - 1) * columns;
+      for (int column = 0; column < columns; ++column) operands.push_back(P::operand(line[column], next[column]));
+    }
+  }
+};
+
 // d_in[column] = Σ_gate weight[gate][column] · d_gates[gate] for `columns` columns; weight has `stride`.
-template <class T, int columns>
-L2L_INLINE void inputs_tile(const T* weight, int stride, int gates, const T* d_gates, T* d_in, bool add) {
+template <class P, int columns>
+L2L_INLINE void inputs_tile(const typename P::Operand* weight, int stride, int count,
+                            const typename P::Operand* d_gates, typename P::Scalar* d_in, bool add) {
+  using T = typename P::Scalar;
   Vec<T> sums[columns][kVectors];
 #pragma GCC unroll 16
   for (int k = 0; k < columns; ++k) {
@@ -150,14 +184,14 @@ L2L_INLINE void inputs_tile(const T* weight, int stride, int gates, const T* d_g
       sums[k][v] = add ? load(d_in + k * kBlock + v * lanes<T>) : Vec<T>{};
     }
   }
-  for (int gate = 0; gate < gates; ++gate, weight += stride, d_gates += kBlock) {
-    Vec<T> d[kVectors];
+  for (int gate = 0; gate < count; ++gate, weight += stride, d_gates += kBlock) {
+    Operands<P> d[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) d[v] = load(d_gates + v * lanes<T>);
 #pragma GCC unroll 16
     for (int k = 0; k < columns; ++k) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sums[k][v] += weight[k] * d[v];
+      for (int v = 0; v < kVectors; ++v) sums[k][v] = P::multiply_add(weight[k], d[v], sums[k][v]);
     }
   }
 #pragma GCC unroll 16
@@ -167,15 +201,19 @@ L2L_INLINE void inputs_tile(const T* weight, int stride, int gates, const T* d_g
   }
 }
 
-// As inputs_tile for any number of columns; with `add`, on top of what d_in holds.
-template <class T>
-void inputs_backward(const T* weight, int columns, int gates, const T* d_gates, T* d_in, bool add) {
+// As inputs_tile for any number of columns; d_gates are operands along the rows. With `add`, on top of what d_in
+// holds.
+template <class P>
+void inputs_backward(const BackwardWeights<P>& w, int columns, int gates, const typename P::Operand* d_gates,
+                     typename P::Scalar* d_in, bool add) {
+  const auto* weight = w.operands.data();
+  const int count = deep<P>(gates);
   int k = 0;
   for (; k + kTileColumns <= columns; k += kTileColumns) {
-    inputs_tile<T, kTileColumns>(weight + k, columns, gates, d_gates, d_in + k * kBlock, add);
+    inputs_tile<P, kTileColumns>(weight + k, columns, count, d_gates, d_in + k * kBlock, add);
   }
-  for (; k + 2 <= columns; k += 2) inputs_tile<T, 2>(weight + k, columns, gates, d_gates, d_in + k * kBlock, add);
-  if (k < columns) inputs_tile<T, 1>(weight + k, columns, gates, d_gates, d_in + k * kBlock, add);
+  for (; k + 2 <= columns; k += 2) inputs_tile<P, 2>(weight + k, columns, count, d_gates, d_in + k * kBlock, add);
+  if (k < columns) inputs_tile<P, 1>(weight + k, columns, count, d_gates, d_in + k * kBlock, add);
 }
 
 }  // namespace l2l

@@ -9,16 +9,18 @@ namespace l2l {
 // Gate rows, rounded up to whole vectors.
 template <class T> int padded(int gates) { return (gates + lanes<T> - 1) / lanes<T> * lanes<T>; }
 
-// From d_gates (gates rows of G coordinates; rows up to padded(gates) exist) to (G, padded(gates)).
-template <class T> void transpose_gates(const T* d_gates, int gates, T* out) {
-  constexpr int n = lanes<T>;
-  const int stride = padded<T>(gates);
+// From d_gates, operands along the lanes (gates rows; rows up to padded(gates) exist), to (G / depth,
+// padded(gates)).
+template <class P> void transpose_gates(const typename P::Operand* d_gates, int gates, typename P::Operand* out) {
+  using Operand = typename P::Operand;
+  constexpr int n = lanes<Operand>;
+  const int stride = padded<Operand>(gates);
   for (int gate = 0; gate < stride; gate += n) {
-    for (int v = 0; v < kVectors; ++v) {
-      Vec<T> rows[n];
+    for (int v = 0; v < kVectors / P::depth; ++v) {
+      Vec<Operand> rows[n];
 #pragma GCC unroll 16
       for (int r = 0; r < n; ++r) rows[r] = load(d_gates + (gate + r) * kBlock + v * n);
-      transpose<T>(rows);
+      transpose<Operand>(rows);
 #pragma GCC unroll 16
       for (int r = 0; r < n; ++r) store(out + (v * n + r) * stride + gate, rows[r]);
     }
@@ -26,23 +28,25 @@ template <class T> void transpose_gates(const T* d_gates, int gates, T* out) {
 }
 
 // sums[row][gate] += Σ_n x[row][n] · d[n][gate] for a tile of `count` rows and `vectors` vectors of gates.
-template <class T, int vectors, int count>
-L2L_INLINE void outer_tile(const T* d, int stride, const T* const* x, T* sums) {
+template <class P, int vectors, int count>
+L2L_INLINE void outer_tile(const typename P::Operand* d, int stride, const typename P::Operand* const* x,
+                           typename P::Scalar* sums) {
+  using T = typename P::Scalar;
   Vec<T> tile[count][vectors];
 #pragma GCC unroll 8
   for (int r = 0; r < count; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) tile[r][v] = load(sums + r * stride + v * lanes<T>);
   }
-  for (int n = 0; n < group<T>; ++n, d += stride) {
-    Vec<T> gates[vectors];
+  for (int n = 0; n < group<T> / P::depth; ++n, d += stride) {
+    Operands<P> gates[vectors];
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) gates[v] = load(d + v * lanes<T>);
 #pragma GCC unroll 8
     for (int r = 0; r < count; ++r) {
-      const T value = x[r][n];
+      const typename P::Operand value = x[r][n];
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) tile[r][v] += value * gates[v];
+      for (int v = 0; v < vectors; ++v) tile[r][v] = P::multiply_add(value, gates[v], tile[r][v]);
     }
   }
 #pragma GCC unroll 8
@@ -52,24 +56,28 @@ L2L_INLINE void outer_tile(const T* d, int stride, const T* const* x, T* sums) {
   }
 }
 
-template <class T, int vectors>
-void outer_rows(const T* d, int stride, const T* const* x, int rows, T* sums) {
+template <class P, int vectors>
+void outer_rows(const typename P::Operand* d, int stride, const typename P::Operand* const* x, int rows,
+                typename P::Scalar* sums) {
   int row = 0;
   for (; row + kTileRows <= rows; row += kTileRows) {
-    outer_tile<T, vectors, kTileRows>(d, stride, x + row, sums + row * stride);
+    outer_tile<P, vectors, kTileRows>(d, stride, x + row, sums + row * stride);
   }
-  for (; row < rows; ++row) outer_tile<T, vectors, 1>(d, stride, x + row, sums + row * stride);
+  for (; row < rows; ++row) outer_tile<P, vectors, 1>(d, stride, x + row, sums + row * stride);
 }
 
-// sums (rows, padded(gates)) += Σ_n x[row][n] · d[n]; x points to `rows` rows of G coordinates.
-template <class T> void outer_product(const T* d, int gates, const T* const* x, int rows, T* sums) {
-  const int stride = padded<T>(gates);
-  int left = stride / lanes<T>;
-  for (; left >= kTileVectors; left -= kTileVectors, d += kTileVectors * lanes<T>, sums += kTileVectors * lanes<T>) {
-    outer_rows<T, kTileVectors>(d, stride, x, rows, sums);
+// sums (rows, padded(gates)) += Σ_n x[row][n] · d[n]; x points to `rows` rows of operands along the lanes.
+template <class P>
+void outer_product(const typename P::Operand* d, int gates, const typename P::Operand* const* x, int rows,
+                   typename P::Scalar* sums) {
+  constexpr int n = lanes<typename P::Scalar>, step = kTileVectors * n;
+  const int stride = padded<typename P::Scalar>(gates);
+  int left = stride / n;
+  for (; left >= kTileVectors; left -= kTileVectors, d += step, sums += step) {
+    outer_rows<P, kTileVectors>(d, stride, x, rows, sums);
   }
-  for (; left >= 2; left -= 2, d += 2 * lanes<T>, sums += 2 * lanes<T>) outer_rows<T, 2>(d, stride, x, rows, sums);
-  if (left) outer_rows<T, 1>(d, stride, x, rows, sums);
+  for (; left >= 2; left -= 2, d += 2 * n, sums += 2 * n) outer_rows<P, 2>(d, stride, x, rows, sums);
+  if (left) outer_rows<P, 1>(d, stride, x, rows, sums);
 }
 
 }  // namespace l2l

@@ -1,6 +1,7 @@
 // One inner step of the whole rule for one group of coordinates: features, layers, head.
 #pragma once
 
+#include <algorithm>
 #include <cstdlib>
 #include <vector>
 
@@ -35,23 +36,23 @@ class Arena {
   size_t size_ = 0, used_ = 0;
 };
 
-template <class T> struct Weights {
+template <class P> struct Weights {
+  using T = typename P::Scalar;
   struct Layer {
-    const T *input, *hidden, *bias;
-    std::vector<T> packed;
+    ForwardWeights<P> forward;
+    BackwardWeights<P> input, hidden;
   };
   std::vector<Layer> layers;
   const T *output, *output_bias;
 
   Weights(const Program& p, const T* flat) {
-    const int hidden = p.hidden_size;
+    const int hidden = p.hidden_size, gates = 4 * hidden;
     for (int l = 0; l < p.layers; ++l) {
       const int inputs = input_size(p, l);
-      const T* input = flat + layer_offset(p, l);
-      Layer layer{input, input + 4 * hidden * inputs, input + 4 * hidden * (inputs + hidden), {}};
-      layer.packed.resize(4 * hidden * (inputs + hidden + 1));
-      pack_forward(layer.input, layer.hidden, layer.bias, inputs, hidden, layer.packed.data());
-      layers.push_back(std::move(layer));
+      const T *input = flat + layer_offset(p, l), *recurrent = input + gates * inputs;
+      layers.push_back({{input, recurrent, recurrent + gates * hidden, inputs, hidden},
+                        {input, inputs, gates},
+                        {recurrent, hidden, gates}});
     }
     output = flat + output_offset(p);
     output_bias = output + head_size(p) * hidden;
@@ -78,7 +79,8 @@ template <class T> struct StepRecord {
 };
 
 // The linear outputs w·h + b, head_size rows.
-template <class T> void outputs_forward(const Program& p, const Weights<T>& w, const T* h, T* outputs) {
+template <class P, class T = typename P::Scalar>
+void outputs_forward(const Program& p, const Weights<P>& w, const T* h, T* outputs) {
   for (int output = 0; output < head_size(p); ++output, outputs += kBlock) {
     Vec<T> sums[kVectors];
     for (int v = 0; v < kVectors; ++v) sums[v] = broadcast(w.output_bias[output]);
@@ -118,21 +120,27 @@ template <class T> void head_backward(const Program& p, const T* outputs, const 
   }
 }
 
-// One step that keeps nothing. `state` and `next` (rows of the packed state) may be the same memory; `scratch`
-// has step_scratch_rows.
-inline int step_scratch_rows(const Program& p) { return p.feature_size + 5 * p.hidden_size + head_size(p); }
-template <class T>
-void step_forward(const Program& p, const Weights<T>& w, const T* grad, const T* state, T* next, T* update,
+// Rows of scratch that a step needs: operands of inputs and h; and without a record features, h, gates, outputs.
+inline int operand_rows(const Program& p) { return std::max(p.feature_size, p.hidden_size) + p.hidden_size; }
+inline int step_scratch_rows(const Program& p) {
+  return operand_rows(p) + p.feature_size + 5 * p.hidden_size + head_size(p);
+}
+
+// One step that keeps nothing. `state` and `next` (rows of the packed state) may be the same memory.
+template <class P, class T = typename P::Scalar>
+void step_forward(const Program& p, const Weights<P>& w, const T* grad, const T* state, T* next, T* update,
                   T* scratch) {
-  T *features = scratch, *h = features + p.feature_size * kBlock;
+  auto* operands = reinterpret_cast<typename P::Operand*>(scratch);
+  auto* h_operands = operands + std::max(p.feature_size, p.hidden_size) * kBlock;
+  T *features = scratch + operand_rows(p) * kBlock, *h = features + p.feature_size * kBlock;
   T *gates = h + p.hidden_size * kBlock, *outputs = gates + 4 * p.hidden_size * kBlock;
   features_forward<T>(p, grad, state, next, features);
   const T* x = features;
   for (int l = 0; l < p.layers; ++l) {
     T* h_next = next + h_row(p, l) * kBlock;
-    layer_forward<T, false>(w.layers[l].packed.data(), x, input_size(p, l), state + h_row(p, l) * kBlock,
-                            p.hidden_size, state + c_row(p, l) * kBlock, next + c_row(p, l) * kBlock, h, gates,
-                            nullptr);
+    layer_forward<P, false>(w.layers[l].forward, P::along_rows(x, input_size(p, l), operands), input_size(p, l),
+                            P::along_rows(state + h_row(p, l) * kBlock, p.hidden_size, h_operands), p.hidden_size,
+                            state + c_row(p, l) * kBlock, next + c_row(p, l) * kBlock, h, gates, (T*)nullptr);
     for (int unit = 0; unit < p.hidden_size; ++unit) {
       for (int v = 0; v < kVectors; ++v) {
         store(h_next + unit * kBlock + v * lanes<T>, load(h + unit * kBlock + v * lanes<T>));
@@ -145,16 +153,18 @@ void step_forward(const Program& p, const Weights<T>& w, const T* grad, const T*
 }
 
 // One step that keeps everything in `record`; h and c before it are given per layer. `feature_state` is that
-// after the step.
-template <class T>
-void step_record(const Program& p, const Weights<T>& w, const T* grad, const T* const* h_before,
-                 const T* const* c_before, T* feature_state, StepRecord<T>& record) {
+// after the step; `operands` has operand_rows.
+template <class P, class T = typename P::Scalar>
+void step_record(const Program& p, const Weights<P>& w, const T* grad, const T* const* h_before,
+                 const T* const* c_before, T* feature_state, typename P::Operand* operands, StepRecord<T>& record) {
+  auto* h_operands = operands + std::max(p.feature_size, p.hidden_size) * kBlock;
   features_forward<T>(p, grad, record.feature_state, feature_state, record.features);
   const T* x = record.features;
   for (int l = 0; l < p.layers; ++l) {
     LayerRecord<T>& layer = record.layers[l];
-    layer_forward<T, true>(w.layers[l].packed.data(), x, input_size(p, l), h_before[l], p.hidden_size,
-                           c_before[l], layer.c, layer.h, layer.i, layer.tanh_c);
+    layer_forward<P, true>(w.layers[l].forward, P::along_rows(x, input_size(p, l), operands), input_size(p, l),
+                           P::along_rows(h_before[l], p.hidden_size, h_operands), p.hidden_size, c_before[l],
+                           layer.c, layer.h, layer.i, layer.tanh_c);
     x = layer.h;
   }
   if (p.head == kTanhExp) outputs_forward(p, w, x, record.outputs);

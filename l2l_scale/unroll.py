@@ -13,7 +13,7 @@ from torch import Tensor
 
 from l2l_scale.optimizers.base import Draw, TwoPhaseRule, UpdateRule
 from l2l_scale.tasks.base import TaskFamily, Tensors
-from l2l_scale.tree import Tree, tree_detach, tree_map, tree_where
+from l2l_scale.tree import Tree, tree_detach, tree_where
 
 
 class WindowBatch(NamedTuple):
@@ -191,15 +191,11 @@ def _loss_and_gradient(
     family: TaskFamily, theta: Tensor, batch: WindowBatch, k: int, mode: InnerGradient
 ) -> tuple[Tensor, Tensor]:
     """Losses (S,) and their gradients (S, N) at θ on the k-th minibatch of the window."""
-    data = tree_map(lambda leaf: leaf[k], batch.data)
-    second_order = mode is InnerGradient.SECOND_ORDER
-    with torch.enable_grad():
-        point = theta if second_order and theta.requires_grad else theta.detach().requires_grad_()
-        loss = family.losses(point, batch.task, data)
-        (grad,) = torch.autograd.grad(loss.sum(), point, create_graph=second_order)
-    if second_order:
-        return loss, grad
-    loss = loss.detach()
+    data = {name: leaf[k] for name, leaf in batch.data.items()}
+    # Where the window starts, θ does not depend on φ, and no mode needs a graph.
+    create_graph = mode is InnerGradient.SECOND_ORDER and theta.requires_grad
+    point = theta if create_graph else theta.detach()
+    loss, grad = family.losses_and_gradients(point, batch.task, data, create_graph)
     if mode is InnerGradient.FIRST_ORDER:
         # The value is f(θ); the derivative is ⟨∇f, dθ⟩ with ∇f constant, which is all that first order
         # needs of the optimizee: its graph ends here.

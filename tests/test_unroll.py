@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from l2l_scale.estimators import LogLoss, MetaLoss, NormalizedLoss, SumLoss, TruncatedBPTT
 from l2l_scale.optimizers import UpdateRule
 from l2l_scale.sampling import Schedule
-from l2l_scale.tasks import Quadratic, TaskFamily
+from l2l_scale.tasks import Quadratic, TaskFamily, Tensors
 from l2l_scale.tree import Tree, tree_detach, tree_leaves, tree_map
 from l2l_scale.unroll import Carry, InnerGradient, Rollout, WindowBatch, begin, has_diverged, unroll
 
@@ -94,6 +94,41 @@ def test_only_the_modes_with_gradient_build_a_graph() -> None:
         assert rollout.carry.theta.requires_grad == (mode is not InnerGradient.NONE)
         assert not rollout.carry.start_loss.requires_grad
         assert not rollout.update_rms.requires_grad
+
+
+class ByAutograd(Quadratic):
+    """The quadratic without its formula for the gradient; notes when a graph is asked for."""
+
+    graphs: ClassVar[list[bool]] = []
+
+    def losses_and_gradients(
+        self, theta: Tensor, task: Tensors, data: Tensors, create_graph: bool
+    ) -> tuple[Tensor, Tensor]:
+        self.graphs.append(create_graph)
+        assert theta.requires_grad == create_graph
+        return TaskFamily.losses_and_gradients(self, theta, task, data, create_graph)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_formula_for_the_gradient_changes_nothing(mode: InnerGradient, double: torch.dtype) -> None:
+    rule = small_lstm()
+    (batch,) = draw_windows(Quadratic(dimension=4), Schedule(horizon=8, window=8), 1)
+    formula, autograd = (run(rule, kind(dimension=4), [batch], mode)[0] for kind in (Quadratic, ByAutograd))
+    assert equal_trees(formula, autograd)
+    if mode is not InnerGradient.NONE:
+        expected = phi_gradient(rule, autograd.losses.sum())
+        assert (phi_gradient(rule, formula.losses.sum()) - expected).norm() <= 1e-12 * expected.norm()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_families_are_asked_for_a_graph_only_where_losses_depend_on_phi_through_it(
+    mode: InnerGradient,
+) -> None:
+    (batch,) = draw_windows(Quadratic(dimension=3), Schedule(horizon=3, window=3), 1, dtype=torch.float32)
+    ByAutograd.graphs.clear()
+    run(small_lstm(), ByAutograd(dimension=3), [batch], mode)
+    needed = mode is InnerGradient.SECOND_ORDER
+    assert ByAutograd.graphs == [False, needed, needed, needed]  # θ_0 does not depend on φ
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: type(f).__name__)

@@ -1,9 +1,19 @@
 """Task families: distributions over optimization problems (floor 1)."""
 
 from l2l_scale.tasks.base import Arrays, TaskFamily, Tensors
+from l2l_scale.tasks.compiled import CompiledFamily
 from l2l_scale.tasks.image import ImageClassifier
 from l2l_scale.tasks.module import ModuleTask
 from l2l_scale.tasks.quadratic import Quadratic
 from l2l_scale.tasks.test_functions import TestFunction
 
-__all__ = ["Arrays", "ImageClassifier", "ModuleTask", "Quadratic", "TaskFamily", "Tensors", "TestFunction"]
+__all__ = [
+    "Arrays",
+    "CompiledFamily",
+    "ImageClassifier",
+    "ModuleTask",
+    "Quadratic",
+    "TaskFamily",
+    "Tensors",
+    "TestFunction",
+]

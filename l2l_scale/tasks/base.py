@@ -67,6 +67,34 @@ class TaskFamily(ABC):
         result: Tensor = torch.vmap(one)(theta, task, data)
         return result
 
+    def losses_and_gradients(
+        self, theta: Tensor, task: Tensors, data: Tensors, create_graph: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Losses (S,) and their gradients in θ, (S, N): what every inner step asks for.
+
+        This default differentiates :meth:`losses`. Override it where a formula for the gradient is faster. A
+        subclass that changes the loss and not the formula gets the default back (:meth:`__init_subclass__`).
+
+        Args:
+            theta: (S, N); outside any graph unless ``create_graph``.
+            task: as for :meth:`losses`.
+            data: as for :meth:`losses`.
+            create_graph: whether both results must be differentiable in ``theta``, as the true meta-gradient
+                needs it. If not, both are without graph.
+        """
+        with torch.enable_grad():
+            point = theta if create_graph else theta.detach().requires_grad_()
+            losses = self.losses(point, task, data)
+            (grads,) = torch.autograd.grad(losses.sum(), point, create_graph=create_graph)
+        return (losses if create_graph else losses.detach()), grads
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        # A formula inherited from below a new loss would be the gradient of another function.
+        defined = {name: _depth(cls, name) for name in ("loss", "losses", "losses_and_gradients")}
+        if min(defined["loss"], defined["losses"]) < defined["losses_and_gradients"]:
+            cls.losses_and_gradients = TaskFamily.losses_and_gradients  # type: ignore[method-assign]
+
     def for_split(self, split: Split) -> TaskFamily:
         """The same family on the data of a split; families without a data set return themselves."""
         return self
@@ -78,3 +106,8 @@ class TaskFamily(ABC):
     def has_data(self) -> bool:
         """Whether inner steps see minibatches."""
         return type(self).sample_data is not TaskFamily.sample_data
+
+
+def _depth(cls: type, name: str) -> int:
+    """How many classes lie between a class and the definition of a method that it has."""
+    return next(depth for depth, base in enumerate(cls.__mro__) if name in vars(base))

@@ -108,7 +108,9 @@ class ModuleTask(TaskFamily):
     def loss(self, params: Tensors, task: Tensors, data: Tensors) -> Tensor:
         """The objective at these parameters."""
         theta = next(iter(params.values()))
-        values = {**_constants(self, theta.device, theta.dtype), **params}
+        # While torch.compile looks on, without the cache: it would warn of it.
+        find = _find_constants if torch.compiler.is_compiling() else _constants
+        values = {**find(self, theta.device, theta.dtype), **params}
         value = self.objective(partial(functional_call, self.module, values), task, data)
         if value.dim() > 0:
             raise ValueError(
@@ -132,8 +134,7 @@ def _trainable(module: nn.Module) -> Tensors:
     return {name: param.detach() for name, param in module.named_parameters() if param.requires_grad}
 
 
-@lru_cache(maxsize=8)
-def _constants(family: ModuleTask, device: torch.device, dtype: torch.dtype) -> Tensors:
+def _find_constants(family: ModuleTask, device: torch.device, dtype: torch.dtype) -> Tensors:
     """Buffers and frozen parameters; floats in the precision of θ."""
     trainable = _trainable(family.module)
     every = {**dict(family.module.named_parameters()), **dict(family.module.named_buffers())}
@@ -142,6 +143,9 @@ def _constants(family: ModuleTask, device: torch.device, dtype: torch.dtype) -> 
         for name, value in every.items()
         if name not in trainable
     }
+
+
+_constants = lru_cache(maxsize=8)(_find_constants)
 
 
 def _check_pure(name: str, module: nn.Module) -> None:

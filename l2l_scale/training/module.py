@@ -17,7 +17,7 @@ from l2l_scale.evaluation.curves import stay_astray
 from l2l_scale.optimizers import UpdateRule
 from l2l_scale.optimizers.backend import Accelerated, Backend, accelerate, check_backend
 from l2l_scale.rng import Split
-from l2l_scale.tasks import TaskFamily
+from l2l_scale.tasks import CompiledFamily, TaskFamily
 from l2l_scale.training import checkpoint as inflight
 from l2l_scale.training.data import WindowData
 from l2l_scale.tree import tree_detach
@@ -50,9 +50,11 @@ class MetaTraining(L.LightningModule):
         backend: how the rule's steps are computed, see :data:`l2l_scale.optimizers.backend.Backend`.
         divergence_patience: stop with an error after so many windows in a row in which every slot diverged or
             the meta-loss was not finite.
+        compile_tasks: compute the losses and gradients of the training tasks with ``torch.compile``; in first
+            order only, see :class:`~l2l_scale.tasks.CompiledFamily`.
 
     Raises:
-        ValueError: if a number is out of range.
+        ValueError: if a number is out of range, or tasks are to be compiled in second order.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class MetaTraining(L.LightningModule):
         final_fraction: float = 0.03,
         backend: Backend = "auto",
         divergence_patience: int = 20,
+        compile_tasks: bool = False,
     ) -> None:
         super().__init__()
         check_positive("learning_rate", learning_rate)
@@ -71,9 +74,15 @@ class MetaTraining(L.LightningModule):
         check_range("final_fraction", final_fraction, 0, 1)
         check_backend(backend)
         self.rule = rule
-        self.family = family.for_split(Split.TRAIN)
+        train_family = family.for_split(Split.TRAIN)
+        self.family = CompiledFamily(train_family) if compile_tasks else train_family
         self.valid_family = family.for_split(Split.VALID)
         self.estimator = TruncatedBPTT() if estimator is None else estimator
+        if compile_tasks and isinstance(self.estimator, TruncatedBPTT) and self.estimator.second_order:
+            raise ValueError(
+                "compile_tasks (True) must be False with second_order: torch.compile cannot differentiate "
+                "twice. Leave out one of the two"
+            )
         self.learning_rate, self.final_fraction = learning_rate, final_fraction
         self.backend, self.divergence_patience = backend, divergence_patience
         self.accelerated = Accelerated(rule, "eager")

@@ -23,6 +23,7 @@ from l2l_scale.optimizers import (
     TanhExp,
     UpdateRule,
 )
+from l2l_scale.optimizers.backend import accelerate
 from l2l_scale.rng import Split
 from l2l_scale.sampling.sampler import WindowSampler
 from l2l_scale.sampling.schedule import Schedule
@@ -101,8 +102,9 @@ def through_bytes(state: dict) -> dict:
 # ---- deployed = trained ----
 
 
-def rollout(rule: UpdateRule, family: TaskFamily, dtype: torch.dtype):
+def rollout(rule: UpdateRule, family: TaskFamily, dtype: torch.dtype, backend: str = "auto"):
     """A window of T inner steps in one slot, as in training; the window, θ_0 and θ_T."""
+    rule = accelerate(rule, backend, torch.device("cpu"), dtype).rule
     schedule = Schedule(horizon=T, window=T, staggered=False)
     batch = WindowSampler(family, schedule, 3, Split.TEST)(0, range(1)).to_batch(dtype)
     end = unroll(rule, family, begin(rule, batch, None), batch, InnerGradient.NONE)
@@ -114,14 +116,15 @@ RULES = {**{name: lambda name=name: learned(name) for name in FEATURES}, "adam":
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("family", [Quadratic(), TinyMLP()], ids=["quadratic", "network"])
+@pytest.mark.parametrize("backend", ["eager", "auto"])
 @pytest.mark.parametrize("name", RULES)
-def test_deployed_equals_trained_bit_for_bit(name, family, dtype):
+def test_deployed_equals_trained_bit_for_bit(name, backend, family, dtype):
     # The loss is the family's own for one slot. A plain forward pass calls other matrix kernels (mm, not
     # bmm), so its gradients differ in the last bit: not the rule's arithmetic, the optimizee's.
     rule = RULES[name]().to(dtype)
-    batch, theta0, expected = rollout(rule, family, dtype)
+    batch, theta0, expected = rollout(rule, family, dtype, backend)
     params = {key: nn.Parameter(part.clone()) for key, part in family.spec.unflatten(theta0).items()}
-    optimizer = LearnedOptimizer(params.values(), rule)
+    optimizer = LearnedOptimizer(params.values(), rule, backend=backend)
     for k in range(T):
         optimizer.zero_grad()
         data = {key: value[k] for key, value in batch.data.items()}

@@ -68,6 +68,32 @@ def test_batched_losses_equal_mapped_losses(hidden):
     torch.testing.assert_close(family.losses(theta, {}, data), mapped, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("hidden", [(), (20,), (7, 5)])
+@pytest.mark.parametrize("activation", list(MODULES))
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_gradients_by_formula_equal_those_of_mapped_losses(hidden, activation, create_graph):
+    family = ImageClassifier(hidden=hidden, activation=activation, batch_size=16, initialisation="torch")
+    theta, data = batch(family)
+    theta.requires_grad_(create_graph)
+    point = theta.detach().requires_grad_()
+    mapped = TaskFamily.losses(family, point, {}, data)
+    (expected,) = torch.autograd.grad(mapped.sum(), point, create_graph=True)
+    losses, grads = family.losses_and_gradients(theta, {}, data, create_graph)
+    torch.testing.assert_close(losses, mapped, rtol=1e-12, atol=0)
+    torch.testing.assert_close(grads, expected, rtol=1e-12, atol=1e-13)
+    assert losses.requires_grad == grads.requires_grad == create_graph
+    if create_graph:
+        seeds = (
+            torch.linspace(-1, 1, theta.numel()).double().view_as(theta),
+            torch.tensor([1.0, -2, 3]).double(),
+        )
+        for (one, other), seed in zip(((grads, expected), (losses, mapped)), seeds, strict=True):
+            got, want = (
+                torch.autograd.grad(*args, seed, retain_graph=True) for args in ((one, theta), (other, point))
+            )
+            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
 def test_second_derivatives_are_right():
     family = ImageClassifier(hidden=(3,), batch_size=2, initialisation="torch")
     theta, data = batch(family, slots=1)
@@ -124,6 +150,7 @@ def test_images_become_resident_once():
     before = resident_images.cache_info().misses
     theta, data = batch(family)
     family.losses(theta, {}, data)
+    family.losses_and_gradients(theta, {}, data, create_graph=False)
     assert resident_images.cache_info().misses == before
     pixels, labels = resident_images("digits", Split.TUNE, CPU)
     assert pixels.dtype == torch.float32

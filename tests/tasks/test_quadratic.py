@@ -41,6 +41,30 @@ def test_batched_losses_equal_mapped_losses():
     torch.testing.assert_close(family.losses(theta, task, {}), mapped, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("dimension", "slots"), [(1, 1), (4, 3), (10, 128), (33, 2), (100, 1)])
+def test_gradients_by_formula_equal_those_of_autograd_bit_for_bit(dimension, slots, dtype):
+    family = Quadratic(dimension=dimension)
+    theta, task = batch(family, slots)
+    theta, task = theta.to(dtype), {name: value.to(dtype) for name, value in task.items()}
+    formula = family.losses_and_gradients(theta, task, {}, create_graph=False)
+    assert all(map(torch.equal, formula, TaskFamily.losses_and_gradients(family, theta, task, {}, False)))
+    assert torch.equal(formula[0], family.losses(theta, task, {}))
+
+
+def test_the_derivative_of_the_gradient_is_the_hessian():
+    family = Quadratic(dimension=6)
+    theta, task = batch(family)
+    theta.requires_grad_()
+    direction = torch.tensor(np.stack([rng(100 + slot).standard_normal(6) for slot in range(len(theta))]))
+    losses, grads = family.losses_and_gradients(theta, task, {}, create_graph=True)
+    (product,) = torch.autograd.grad(grads, theta, direction, retain_graph=True)
+    hessian = 2 * task["w"].mT @ task["w"]
+    torch.testing.assert_close(product, (hessian @ direction[..., None])[..., 0], rtol=1e-12, atol=1e-12)
+    (gradient,) = torch.autograd.grad(losses.sum(), theta)
+    torch.testing.assert_close(gradient, grads.detach(), rtol=1e-12, atol=1e-12)
+
+
 def test_normal_entries_have_the_moments_of_a_scaled_gaussian():
     task = Quadratic(dimension=100, w_scale=2.0, y_scale=3.0).sample_task(rng())
     assert abs(task["w"].mean()) < 3 * 2 / 100  # three standard errors

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from l2l_scale.estimators import TruncatedBPTT
 from l2l_scale.evaluation import HeldOut, loss_curves
 from l2l_scale.optimizers import CoordinatewiseLSTM
+from l2l_scale.optimizers.backend import accelerate
 from l2l_scale.rng import Split
 from l2l_scale.tasks import ImageClassifier, Quadratic
 from l2l_scale.training import DivergedError, MetaTraining, TrajectoryMetrics, WindowData
@@ -202,13 +203,17 @@ def test_falling_rate_needs_a_number_of_meta_steps(tmp_path):
 @pytest.mark.parametrize(
     "family", [FAMILY, ImageClassifier(hidden=(5,), batch_size=16)], ids=["quadratic", "digits"]
 )
-def test_loss_in_training_and_in_evaluation_agree_on_the_same_tasks(family):
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_loss_in_training_and_in_evaluation_agree_on_the_same_tasks(family, backend):
     data = WindowData(family, horizon=20, window=5, slots=6, staggered=False)
     batch = next(iter(data.train_dataloader()))
     torch.manual_seed(0)
     rule = CoordinatewiseLSTM(hidden_size=4, layers=1)
-    estimate = TruncatedBPTT()(rule, family, begin(rule, batch, None), batch)
-    held_out = HeldOut(family=family, seed=0, split=Split.TRAIN, num_tasks=6, inner_steps=20, window=5)
+    trained = accelerate(rule, backend, torch.device("cpu"), torch.float32).rule
+    estimate = TruncatedBPTT()(trained, family, begin(rule, batch, None), batch)
+    held_out = HeldOut(
+        family=family, seed=0, split=Split.TRAIN, num_tasks=6, inner_steps=20, window=5, backend=backend
+    )
     curves = loss_curves(rule, held_out)
     assert torch.equal(curves[1:6], estimate.rollout.losses)
     assert float(estimate.surrogate.detach()) == pytest.approx(float(curves[1:6].sum(0).mean()), rel=1e-6)

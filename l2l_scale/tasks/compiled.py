@@ -1,0 +1,115 @@
+"""A family whose losses and gradients are compiled by torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from l2l_scale.flat import FlatSpec
+from l2l_scale.rng import Split
+from l2l_scale.tasks.base import Arrays, TaskFamily, Tensors
+
+LossesAndGradients: TypeAlias = Callable[[Tensor, Tensors, Tensors], tuple[Tensor, Tensor]]
+"""From (theta, task, data) to losses and gradients, without graph."""
+
+
+@dataclass(frozen=True)
+class CompiledFamily(TaskFamily):
+    """The same tasks; what an inner step asks of them runs through ``torch.compile``.
+
+    Compiling takes from seconds to a minute, at the first inner step and again for another number of slots.
+    Equal to the family itself up to rounding. For families of many small operations: what is one or two
+    matrix products is not faster.
+
+    Args:
+        family: what is compiled.
+    """
+
+    family: TaskFamily
+
+    @property
+    def spec(self) -> FlatSpec:
+        """The family's own."""
+        return self.family.spec
+
+    @property
+    def has_data(self) -> bool:
+        """Whether the family has minibatches."""
+        return self.family.has_data
+
+    def sample_task(self, rng: np.random.Generator) -> Arrays:
+        """As the family does."""
+        return self.family.sample_task(rng)
+
+    def sample_init(self, rng: np.random.Generator, task: Arrays) -> np.ndarray:
+        """As the family does."""
+        return self.family.sample_init(rng, task)
+
+    def sample_data(self, rng: np.random.Generator, task: Arrays) -> Arrays:
+        """As the family does."""
+        return self.family.sample_data(rng, task)
+
+    def loss(self, params: Tensors, task: Tensors, data: Tensors) -> Tensor:
+        """The family's own, not compiled."""
+        return self.family.loss(params, task, data)
+
+    def losses(self, theta: Tensor, task: Tensors, data: Tensors) -> Tensor:
+        """The family's own, not compiled."""
+        return self.family.losses(theta, task, data)
+
+    def losses_and_gradients(
+        self, theta: Tensor, task: Tensors, data: Tensors, create_graph: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Compiled.
+
+        Raises:
+            ValueError: if the results are to have a graph.
+        """
+        if create_graph:
+            raise ValueError(
+                "compiled tasks have no second derivatives (torch.compile cannot differentiate twice), but "
+                "the true meta-gradient needs them: use the family itself, or first order"
+            )
+        with torch.no_grad():  # always: another grad mode would be compiled anew
+            return self._compiled(theta, task, data)
+
+    def for_split(self, split: Split) -> CompiledFamily:
+        """The same on the data of a split."""
+        return CompiledFamily(self.family.for_split(split))
+
+    def prepare(self, device: torch.device) -> None:
+        """Put the family's resident data on the device."""
+        self.family.prepare(device)
+
+    @cached_property
+    def _compiled(self) -> LossesAndGradients:
+        compiled: LossesAndGradients = torch.compile(_traceable(self.family))
+        return compiled
+
+    def __getstate__(self) -> dict[str, TaskFamily]:
+        return {"family": self.family}  # compiled code stays in its process
+
+
+def _traceable(family: TaskFamily) -> LossesAndGradients:
+    """Losses and gradients in a form that torch.compile takes in one piece."""
+
+    def by_formula(theta: Tensor, task: Tensors, data: Tensors) -> tuple[Tensor, Tensor]:
+        return family.losses_and_gradients(theta, task, data, create_graph=False)
+
+    def by_derivative(theta: Tensor, task: Tensors, data: Tensors) -> tuple[Tensor, Tensor]:
+        def total(point: Tensor) -> tuple[Tensor, Tensor]:
+            losses = family.losses(point, task, data)
+            return losses.sum(), losses
+
+        grads, losses = torch.func.grad(total, has_aux=True)(theta)
+        return losses, grads
+
+    # torch.autograd.grad, which the default calls, would cut the function into pieces.
+    has_formula = type(family).losses_and_gradients is not TaskFamily.losses_and_gradients
+    return by_formula if has_formula else by_derivative

@@ -117,23 +117,16 @@ def unroll(
         batch: the window.
         mode: how the losses depend on φ.
         frozen: (S,) slots whose θ must not move; they contribute no gradient to φ.
-        draw: chooses the coordinates that first-order backward goes through, if not all.
+        draw: chooses the coordinates that backward goes through, if not all; for two phases only.
 
     Returns:
         losses after each inner step, and the carry; only the losses are sure to have a graph.
-
-    Raises:
-        ValueError: if coordinates are to be drawn in another mode or for a rule that keeps its graph.
     """
     if mode is InnerGradient.FIRST_ORDER and isinstance(rule, TwoPhaseRule):
         grads = carry.theta.new_empty(batch.window_length + 1, *carry.theta.shape)
         rollout = _run(rule, family, carry, batch, InnerGradient.NONE, frozen, grads)
         return rollout._replace(losses=rule.window_losses(rollout.losses, grads, carry.state, frozen, draw))
-    if draw is not None and mode is not InnerGradient.NONE:
-        raise ValueError(
-            "coordinates can be sampled in first order and with backend 'fused' only: there alone backward "
-            "goes through coordinates one by one"
-        )
+    assert draw is None or mode is InnerGradient.NONE, (type(rule), mode)
     return _run(rule, family, carry, batch, mode, frozen, None)
 
 

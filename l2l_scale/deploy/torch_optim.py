@@ -22,6 +22,7 @@ from l2l_scale.deploy.coordinates import Layout, flatten, gradient_of, layout_of
 from l2l_scale.deploy.files import load_rule
 from l2l_scale.optimizers.backend import Backend, accelerate, check_backend
 from l2l_scale.optimizers.base import UpdateRule
+from l2l_scale.optimizers.kernels import program_of
 from l2l_scale.tree import Tree, tree_leaves, tree_map, tree_unflatten
 
 
@@ -45,7 +46,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
     Raises:
         FileNotFoundError: if the rule file does not exist.
         ValueError: if there are no parameters, a parameter is complex or of integers, a group lies on several
-            devices, lr is negative or not finite, or the rule is none; later, if a gradient is sparse.
+            devices, lr is negative or not finite, the rule is none,
+            or the backend cannot compute it; later, if a gradient is sparse.
     """
 
     def __init__(
@@ -55,6 +57,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         loaded = load_rule(rule) if isinstance(rule, (str, Path)) else rule
         if not isinstance(loaded, UpdateRule):
             raise ValueError(f"rule ({type(rule).__name__}) must be an UpdateRule or the path of a rule file")
+        if backend in ("fused", "fused-bf16"):
+            program_of(loaded)  # now rather than at the first step
         self.state: defaultdict[Any, Any]
         self.rule = copy.deepcopy(loaded).requires_grad_(False).eval()
         self.backend = backend

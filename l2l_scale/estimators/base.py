@@ -31,6 +31,9 @@ class GradientEstimator(ABC):
     def check_horizon(self, horizon: int) -> None:  # noqa: B027 - most estimators take any horizon
         """Raise ``ValueError`` if this estimator was made for another horizon."""
 
+    def check_rule(self, rule: UpdateRule) -> None:  # noqa: B027 - most estimators take any rule
+        """Raise ``ValueError`` if this estimator cannot work with a rule as it will be computed."""
+
     @abstractmethod
     def __call__(self, rule: UpdateRule, family: TaskFamily, carry: Carry, batch: WindowBatch) -> Estimate:
         """Unroll the window from ``carry`` (see :func:`l2l_scale.unroll.begin`)."""

@@ -6,7 +6,7 @@ from l2l_scale.checks import check_count
 from l2l_scale.estimators.base import Estimate, GradientEstimator
 from l2l_scale.estimators.coordinates import draw_coordinates
 from l2l_scale.estimators.objectives import MetaLoss, SumLoss
-from l2l_scale.optimizers.base import UpdateRule
+from l2l_scale.optimizers.base import TwoPhaseRule, UpdateRule
 from l2l_scale.tasks.base import TaskFamily
 from l2l_scale.unroll import Carry, InnerGradient, WindowBatch, unroll
 
@@ -46,6 +46,15 @@ class TruncatedBPTT(GradientEstimator):
     def check_horizon(self, horizon: int) -> None:
         """Raise ``ValueError`` if the meta-loss was made for another horizon."""
         self.meta_loss.step_weights(horizon)
+
+    def check_rule(self, rule: UpdateRule) -> None:
+        """Raise ``ValueError`` if coordinates are to be drawn, but backward goes through all together."""
+        if self.coordinates is not None and not isinstance(rule, TwoPhaseRule):
+            raise ValueError(
+                f"coordinates ({self.coordinates}) needs a fused backend, where backward goes through them "
+                "one by one, and this rule is computed without. Leave it out, or see why there is none by "
+                "model.backend=fused"
+            )
 
     def __call__(self, rule: UpdateRule, family: TaskFamily, carry: Carry, batch: WindowBatch) -> Estimate:
         """The mean meta-loss of the slots that did not diverge."""

@@ -35,10 +35,10 @@ def draw_coordinates(count: int, window_index: int) -> Draw:
 
 
 def probabilities(sizes: Tensor) -> Tensor:
-    """p (M,) in float64: long sums of probabilities need it."""
+    """p (M,) in float64: long sums of probabilities need it. Uniform if sizes are all zero or not finite."""
     sizes = sizes.double()
     total = sizes.sum()
     uniform = torch.full_like(sizes, 1 / len(sizes))
-    if not total > 0:
+    if not 0 < total < torch.inf:
         return uniform
     return (1 - _UNIFORM) * sizes / total + _UNIFORM * uniform

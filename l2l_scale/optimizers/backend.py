@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from typing import Literal, NamedTuple, TypeAlias, cast, get_args
 
 import torch
@@ -12,6 +14,8 @@ from l2l_scale.optimizers.coordinatewise import CoordinatewiseLSTM
 from l2l_scale.optimizers.fused import FusedRule
 from l2l_scale.optimizers.kernels import KernelUnavailableError, UnsupportedRuleError, make_kernel
 from l2l_scale.tree import Tree
+
+_LOG = logging.getLogger(__name__)
 
 Backend: TypeAlias = Literal["auto", "eager", "compiled", "fused", "fused-bf16"]
 """Ways to compute a rule; all give the same results up to rounding.
@@ -78,8 +82,16 @@ def accelerate(rule: UpdateRule, backend: Backend, device: torch.device, dtype: 
     except (UnsupportedRuleError, KernelUnavailableError) as error:
         if backend != "auto":
             raise
+        if isinstance(error, KernelUnavailableError):
+            _warn(str(error))
         return Accelerated(rule, f"eager ({error})")
     return Accelerated(FusedRule(cast("CoordinatewiseLSTM", rule), kernel), f"fused ({kernel.name})")
+
+
+@cache
+def _warn(reason: str) -> None:
+    """Say, once in a process, that rules are slower than they could be."""
+    _LOG.warning("learned rules run without a fused kernel, several times slower: %s", reason)
 
 
 def check_backend(backend: str) -> None:

@@ -147,12 +147,18 @@ class RNNprop(Feature):
         m = self.beta1 * m + (1 - self.beta1) * grad
         v = self.beta2 * v + (1 - self.beta2) * grad.square()
         # √ has an infinite slope at zero, and ∞ · 0 is NaN in the true meta-gradient: hence the clamp.
-        root = (v / (1 - self.beta2**step)).clamp(min=_TINY).sqrt()
+        root = (v / _bias_correction(self.beta2, step)).clamp(min=_TINY).sqrt()
         scale = 1 / (root + self.epsilon)
-        parts = [m / (1 - self.beta1**step) * scale, grad * scale]
+        parts = [m / _bias_correction(self.beta1, step) * scale, grad * scale]
         if self.log_scale:
             parts.append((root.log() / 10).clamp(-2, 2))
         return torch.stack(parts, dim=-1), (m, v, step)
+
+
+def _bias_correction(decay: float, step: Tensor) -> Tensor:
+    """1 − decay^t; as written it would lose digits while decay^t is near one."""
+    rate = math.log(decay) if decay > 0 else -math.inf
+    return -torch.expm1(rate * step)
 
 
 class Concatenate(Feature):

@@ -119,6 +119,7 @@ class MetaTraining(L.LightningModule):
         self.valid_family.prepare(self.device)
         dtype = torch.float64 if self.trainer.precision == "64-true" else torch.float32
         self.accelerated = accelerate(self.rule, self.backend, self.device, dtype)
+        self.estimator.check_rule(self.accelerated.rule)
 
     def training_step(self, batch: WindowBatch, batch_idx: int) -> dict[str, Any]:
         """Unroll one window; Lightning does the backward pass and the meta-step."""

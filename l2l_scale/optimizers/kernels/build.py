@@ -9,8 +9,13 @@ import ctypes
 import hashlib
 import logging
 import os
+import platform
+import shlex
+import shutil
 import subprocess
+import sys
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -18,7 +23,7 @@ import torch
 from filelock import FileLock
 from torch.utils.cpp_extension import get_cxx_compiler
 
-_COMPILER: str = get_cxx_compiler()  # type: ignore[no-untyped-call]
+_COMPILER: str = get_cxx_compiler() or "c++"  # type: ignore[no-untyped-call]  # or "ccache g++", say
 _LOG = logging.getLogger(__name__)
 _SOURCES = Path(__file__).parent / "cpp"
 _FLAGS = [
@@ -48,27 +53,39 @@ def instruction_set() -> str:
     return BFLOAT16 if name == "AVX512" and torch.cpu._is_avx512_bf16_supported() else name
 
 
-@cache
 def library() -> ctypes.CDLL:
     """The kernel's library, built if this machine has not built it before.
 
     Raises:
-        KernelUnavailableError: if there is no C++ compiler, or it fails.
+        KernelUnavailableError: if there is no C++ compiler, or it fails, or what it built cannot be loaded.
     """
+    result = _library()
+    if isinstance(result, str):
+        raise KernelUnavailableError(result)
+    return result
+
+
+@cache
+def _library() -> ctypes.CDLL | str:
+    """The library, or why there is none: nobody waits twice for a compiler that fails."""
     try:
-        return ctypes.CDLL(str(_built()))
-    except OSError as error:
-        raise KernelUnavailableError(f"the fused kernel cannot be loaded: {error}") from error
+        return _loaded()
+    except KernelUnavailableError as error:
+        return str(error)
+    except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
+        return f"the fused kernel cannot be built or loaded: {error}"
 
 
-def _built() -> Path:
-    """Path of the built library; whoever comes while another process builds waits for it."""
+def _loaded() -> ctypes.CDLL:
+    """Load what was built before, else build; whoever comes while another process builds waits for it."""
     target = _folder() / f"kernel_{instruction_set().lower()}_{_digest()}.so"
-    if not target.is_file():
-        with FileLock(target.with_suffix(".lock")):  # given up by the system when its holder dies
-            if not target.is_file():
-                compile_library(target)
-    return target
+    with suppress(OSError):  # not there yet, or cut short when the machine went down: then it is replaced
+        return ctypes.CDLL(str(target))
+    with FileLock(target.with_suffix(".lock")):  # given up by the system when its holder dies
+        with suppress(OSError):  # another process has built it meanwhile
+            return ctypes.CDLL(str(target))
+        compile_library(target)
+    return ctypes.CDLL(str(target))
 
 
 def compile_library(target: Path) -> None:
@@ -77,6 +94,10 @@ def compile_library(target: Path) -> None:
     Raises:
         KernelUnavailableError: if the compiler is missing or fails.
     """
+    if shutil.which(shlex.split(_COMPILER)[0]) is None:
+        raise KernelUnavailableError(
+            f"there is no C++ compiler ({_COMPILER}); install g++ or clang, or name one: CXX=..."
+        )
     _LOG.warning("building the fused %s kernel, once (some seconds): %s", instruction_set(), target)
     handle, name = tempfile.mkstemp(suffix=".so", dir=target.parent)
     os.close(handle)
@@ -85,23 +106,22 @@ def compile_library(target: Path) -> None:
     try:
         try:
             _compile([*flags, *_THREADS], built)
-        except subprocess.CalledProcessError:  # Apple's compiler has no OpenMP: then with one thread
+            ctypes.CDLL(str(built))
+        except (subprocess.CalledProcessError, OSError):  # no OpenMP, or not its library: then one thread
             _compile(flags, built)
         built.replace(target)
-    except FileNotFoundError as error:
-        raise KernelUnavailableError(
-            f"there is no C++ compiler ({_COMPILER}); install g++ or clang, or name one: CXX=..."
-        ) from error
     except subprocess.CalledProcessError as error:
         lines = [line for line in error.stderr.splitlines() if "error" in line] or [error.stderr[-200:]]
-        raise KernelUnavailableError(f"the C++ compiler ({_COMPILER}) failed: {lines[0]}") from error
+        raise KernelUnavailableError(
+            f"the C++ compiler ({_COMPILER}) failed: {lines[0]}; name another one: CXX=..."
+        ) from error
     finally:
         built.unlink(missing_ok=True)
 
 
 def _compile(flags: list[str], output: Path) -> None:
-    command = [_COMPILER, *flags, str(_SOURCES / "kernel.cpp"), "-o", str(output)]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    command = [*shlex.split(_COMPILER), *flags, str(_SOURCES / "kernel.cpp"), "-o", str(output)]
+    subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
 
 
 def _digest() -> str:
@@ -109,20 +129,23 @@ def _digest() -> str:
     digest = hashlib.sha256()
     for path in sorted(_SOURCES.glob("*.[hc]*")):
         digest.update(path.read_bytes())
-    digest.update(repr([_FLAGS, _THREADS, _INSTRUCTION_SETS, _COMPILER]).encode())
+    system = [sys.platform, platform.machine()]  # homes are shared between machines
+    digest.update(repr([_FLAGS, _THREADS, _INSTRUCTION_SETS, _COMPILER, system]).encode())
     return digest.hexdigest()[:16]
 
 
 def _folder() -> Path:
-    """The user's cache, or a temporary folder where that cannot be written."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "l2l_scale" / "kernels"
+    """The user's cache, or a temporary folder of the user's own where that cannot be written."""
     try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = base / "l2l_scale" / "kernels"
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home
         pass
     folder = Path(tempfile.gettempdir()) / f"l2l_scale_kernels_{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise KernelUnavailableError(f"{folder} belongs to another user, whose code must not be loaded")
     return folder

@@ -23,16 +23,18 @@ template <class T> L2L_INLINE Vec<T> clip(Vec<T> x, T low, T high) {
   return x > high ? broadcast<T>(high) : x;
 }
 template <class T> L2L_INLINE Vec<T> where_inside(Vec<T> x, T low, T high, Vec<T> value) {
-  return (x >= low) & (x <= high) ? value : Vec<T>{};
+  return ((x >= low) & (x <= high)) ? value : Vec<T>{};
 }
 template <class T> L2L_INLINE Vec<T> square_root(Vec<T> x) {
   for (int lane = 0; lane < lanes<T>; ++lane) x[lane] = std::sqrt(x[lane]);
   return x;
 }
-template <class T> L2L_INLINE Vec<T> one_minus_power(T base, Vec<T> exponent) {
-  Vec<T> result = broadcast<T>(1 - std::pow(base, T(exponent[0])));
+// 1 − base^exponent without cancellation for bases near 1.
+template <class T> L2L_INLINE Vec<T> one_minus_power(double base, Vec<T> exponent) {
+  const double log = std::log(base);
+  Vec<T> result = broadcast<T>(T(-std::expm1(log * exponent[0])));
   for (int lane = 1; lane < lanes<T>; ++lane) {  // neighbours mostly belong to one problem
-    if (exponent[lane] != exponent[0]) result[lane] = 1 - std::pow(base, T(exponent[lane]));
+    if (exponent[lane] != exponent[0]) result[lane] = T(-std::expm1(log * exponent[lane]));
   }
   return result;
 }
@@ -42,11 +44,11 @@ template <class T> struct RNNpropStep {
   Vec<T> m, v, step, correction1, correction2, unbiased, root, inverse;
   RNNpropStep(const L2LFeature& f, Vec<T> grad, const T* state) {
     const T b1 = T(f.a), b2 = T(f.b);
-    m = b1 * load(state) + (T(1) - b1) * grad;
-    v = b2 * load(state + kBlock) + (T(1) - b2) * grad * grad;
+    m = b1 * load(state) + T(1 - f.a) * grad;
+    v = b2 * load(state + kBlock) + T(1 - f.b) * grad * grad;
     step = load(state + 2 * kBlock) + T(1);
-    correction1 = one_minus_power<T>(b1, step);
-    correction2 = one_minus_power<T>(b2, step);
+    correction1 = one_minus_power<T>(f.a, step);
+    correction2 = one_minus_power<T>(f.b, step);
     unbiased = v / correction2;
     root = square_root<T>(at_least<T>(unbiased, T(kTiny)));
     inverse = T(1) / (root + T(f.c));
@@ -117,7 +119,7 @@ L2L_INLINE Vec<T> feature_backward(const L2LFeature& f, Vec<T> g, const T* state
       const Vec<T> d_v = load(d_state + kBlock) + (s.unbiased >= T(kTiny) ? slope : Vec<T>{});
       store(d_state, a * d_m);
       store(d_state + kBlock, b * d_v);
-      return load(d + kBlock) * s.inverse + (T(1) - a) * d_m + T(2) * (T(1) - b) * g * d_v;
+      return load(d + kBlock) * s.inverse + T(1 - f.a) * d_m + T(2 * (1 - f.b)) * g * d_v;
     }
   }
   return Vec<T>{};

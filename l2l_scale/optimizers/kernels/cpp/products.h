@@ -65,7 +65,7 @@ struct Bfloat16 {
 
  private:
   template <class V, int... i> static L2L_INLINE V interleave(V halves, std::integer_sequence<int, i...>) {
-    return __builtin_shufflevector(halves, halves, (i / 2 + (i % 2) * 16)...);
+    return shuffle(halves, halves, std::integer_sequence<int, (i / 2 + (i % 2) * 16)...>());
   }
 };
 #endif

@@ -1,7 +1,5 @@
-"""The scripts, with a stand-in for the environment's Python; the pins; the benchmark's independent peer."""
+"""The scripts, with a stand-in for the environment's Python, and the pins."""
 
-import importlib
-import json
 import os
 import re
 import subprocess
@@ -10,7 +8,6 @@ from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 import pytest
-import torch
 from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -200,52 +197,3 @@ def test_unusable_python_is_refused_in_one_line(clone: Clone, stand_in: str, mes
         assert result.returncode == 1
         assert message in result.stderr
         assert result.stderr.count("\n") == 1
-
-
-@pytest.fixture
-def benchmarks(monkeypatch: pytest.MonkeyPatch):
-    """Imports a module of scripts/benchmarks."""
-    monkeypatch.syspath_prepend(ROOT / "scripts/benchmarks")
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if str(ROOT / "scripts") in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
-
-
-def test_meta_gradient_equals_that_of_plain_pytorch(benchmarks) -> None:
-    from l2l_scale.estimators import TruncatedBPTT
-    from l2l_scale.tasks import Quadratic
-    from l2l_scale.unroll import begin
-
-    eager_peer, methods, workloads = map(benchmarks, ("eager_peer", "methods", "workloads"))
-    workload = workloads.draw("small", Quadratic(dimension=3), workloads.quadratic_loss, slots=4)
-    batch = workloads.sampler(workload.family)(0, range(4)).to_batch(torch.float64)
-    torch.manual_seed(0)
-    peer = eager_peer.EagerLSTM(hidden_size=5).double()
-    rule = methods.rule_like(peer)
-    total = eager_peer.meta_loss(
-        peer, workload.loss, batch.theta0, batch.task, batch.data, batch.window_length
-    )
-    total.backward()
-    estimate = TruncatedBPTT()(rule, workload.family, begin(rule, batch, None), batch)
-    estimate.surrogate.backward()
-    torch.testing.assert_close(estimate.surrogate, total, rtol=1e-13, atol=0)
-    for ours, theirs in zip(rule.network.cells, (peer.lower, peer.upper), strict=True):
-        for own, other in [
-            (ours.weight_input, theirs.weight_ih),
-            (ours.weight_hidden, theirs.weight_hh),
-            (ours.bias, theirs.bias_ih),
-        ]:
-            torch.testing.assert_close(own.grad, methods.reorder_gates(other.grad), rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(rule.output.weight.grad, peer.output.weight.grad, rtol=1e-10, atol=1e-12)
-
-
-def test_benchmark_measures_all_methods_in_one_run(tmp_path: Path) -> None:
-    out = tmp_path / "speed.json"
-    arguments = ["--workloads", "W1", "--repetitions", "1", "--min_seconds", "0", "--out", str(out)]
-    subprocess.run([sys.executable, ROOT / "scripts/benchmarks", *arguments], check=True, capture_output=True)
-    result = json.loads(out.read_text())["workloads"]["W1"]
-    assert result["coordinate_steps"] == 128 * 10 * 20
-    assert set(result["methods"]) > {result["reference"]}
-    assert all(method["per_cpu_second"]["median"] > 0 for method in result["methods"].values())

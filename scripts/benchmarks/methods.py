@@ -1,81 +1,123 @@
-"""The ways of doing one meta-step that are compared; each is a function without arguments.
+"""The ways of doing one meta-step in PyTorch that are compared.
 
 A meta-step is the window forward, backward to φ, and Adam on φ. Drawing the window is not part of it for
-any method (its cost is a row of its own), nor is the trainer around it.
+any backend (its cost is a number of its own), nor is the trainer around it.
 """
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any, Protocol, cast
 
 import torch
 from eager_peer import LOG_SCALE, OUTPUT_SCALE, EagerLSTM, meta_loss
+from torch import Tensor
 from workloads import Workload
 
 from l2l_scale.estimators import TruncatedBPTT
 from l2l_scale.optimizers import CoordinatewiseLSTM, LogSign, ScaledLinear
-from l2l_scale.unroll import begin
-
-MetaStep = Callable[[], float]
-"""Does one meta-step and returns the meta-loss before it."""
+from l2l_scale.optimizers.backend import Backend, accelerate
+from l2l_scale.tree import tree_detach
+from l2l_scale.unroll import Carry, begin
 
 LEARNING_RATE = 1e-3
-REFERENCE = "eager PyTorch by hand"
-_TOLERANCE = 1e-4  # relative, for float32
+TRUE = "-true"
+"""Ends the name of a backend that computes the true meta-gradient instead of the first-order one."""
 
 
-def all_methods(workload: Workload) -> dict[str, MetaStep]:
-    """All methods by name, the reference first; all start with the same φ."""
+class Method(Protocol):
+    """One way of doing a meta-step."""
+
+    description: str
+
+    def restart(self) -> None:
+        """Go back to the first φ."""
+
+    def step(self) -> float:
+        """One meta-step; returns the meta-loss before it."""
+
+
+def make(backend: str, workload: Workload) -> Method:
+    """The method of a backend; all start with the same φ."""
+    if backend == "peer":
+        return Peer(workload, first_weights())
+    name = cast("Backend", backend.removesuffix(TRUE))
+    return Training(workload, first_weights(), name, second_order=backend.endswith(TRUE))
+
+
+def first_weights() -> EagerLSTM:
+    """The φ that all start with."""
     torch.manual_seed(0)
-    peer = EagerLSTM()
-    return {
-        REFERENCE: eager(workload, copy.deepcopy(peer)),
-        "l2l_scale, first order": ours(workload, peer, second_order=False),
-        "l2l_scale, true gradient": ours(workload, peer, second_order=True),
-    }
+    return EagerLSTM()
 
 
-def check_agreement(steps: dict[str, MetaStep]) -> None:
-    """Do one meta-step with each; all must start from the same meta-loss, else they are no peers."""
-    values = {name: step() for name, step in steps.items()}
-    for name, value in values.items():
-        assert math.isclose(value, values[REFERENCE], rel_tol=_TOLERANCE), (name, values)
+def plain_weights() -> dict[str, Tensor]:
+    """The same for peers in other libraries: per layer input, hidden (4H, ·), bias (4H,); output (H,), ()."""
+    peer = first_weights()
+    weights = {"output": peer.output.weight[0], "output_bias": peer.output.bias[0]}
+    for name, cell in (("lower", peer.lower), ("upper", peer.upper)):
+        weights[f"{name}_input"], weights[f"{name}_hidden"] = cell.weight_ih, cell.weight_hh
+        weights[f"{name}_bias"] = cell.bias_ih + cell.bias_hh
+    return {name: weight.detach() for name, weight in weights.items()}
 
 
-def eager(workload: Workload, peer: EagerLSTM) -> MetaStep:
-    """The peer of :mod:`eager_peer`."""
-    batch = workload.batch
-    adam = torch.optim.Adam(peer.parameters(), LEARNING_RATE)
+class Peer:
+    """Plain PyTorch written by hand, of :mod:`eager_peer`."""
 
-    def step() -> float:
-        adam.zero_grad()
-        total = meta_loss(peer, workload.loss, batch.theta0, batch.task, batch.data, batch.window_length)
+    description = f"plain PyTorch {torch.__version__}"
+
+    def __init__(self, workload: Workload, peer: EagerLSTM) -> None:
+        self.workload, self.peer = workload, peer
+        self.start = copy.deepcopy(peer.state_dict())
+        self.restart()
+
+    def restart(self) -> None:
+        """Go back to the first φ."""
+        self.peer.load_state_dict(self.start)
+        self.adam = torch.optim.Adam(self.peer.parameters(), LEARNING_RATE)
+
+    def step(self) -> float:
+        """One meta-step; returns the meta-loss before it."""
+        batch = self.workload.batch
+        self.adam.zero_grad()
+        data = batch.theta0, batch.task, batch.data, batch.window_length
+        total = meta_loss(self.peer, self.workload.loss, *data)
         total.backward()
-        adam.step()
+        self.adam.step()
         return total.item()
 
-    return step
 
+class Training:
+    """The calls that ``MetaTraining.training_step`` makes."""
 
-def ours(workload: Workload, peer: EagerLSTM, second_order: bool) -> MetaStep:
-    """The calls that training makes, from the peer's weights."""
-    batch, family = workload.batch, workload.family
-    rule = rule_like(peer)
-    estimator = TruncatedBPTT(second_order)
-    adam = torch.optim.Adam(rule.parameters(), LEARNING_RATE)
-    # Every window starts at the same point, but goes through the restart of slots as in training.
-    carry = begin(rule, batch, None)
+    def __init__(self, workload: Workload, peer: EagerLSTM, backend: Backend, second_order: bool) -> None:
+        self.workload, self.rule = workload, rule_like(peer)
+        self.estimator = TruncatedBPTT(second_order)
+        # With the restart of slots as in training; in this first window all slots start, every time.
+        self.carry: Carry | None = None
+        batch = workload.batch
+        self.accelerated = accelerate(self.rule, backend, batch.theta0.device, batch.theta0.dtype)
+        self.description = self.accelerated.description
+        self.start: Mapping[str, Any] = copy.deepcopy(self.rule.state_dict())
+        self.restart()
 
-    def step() -> float:
-        adam.zero_grad()
-        estimate = estimator(rule, family, begin(rule, batch, carry), batch)
+    def restart(self) -> None:
+        """Go back to the first φ."""
+        self.carry = None
+        self.rule.load_state_dict(self.start)
+        self.adam = torch.optim.Adam(self.rule.parameters(), LEARNING_RATE)
+
+    def step(self) -> float:
+        """One meta-step; returns the meta-loss before it."""
+        batch, family = self.workload.batch, self.workload.family
+        carry, self.carry = begin(self.rule, batch, self.carry), None
+        estimate = self.estimator(self.accelerated.rule, family, carry, batch)
+        self.carry = tree_detach(estimate.rollout).carry
+        self.adam.zero_grad()
         estimate.surrogate.backward()
-        adam.step()
+        self.adam.step()
         return estimate.surrogate.item()
-
-    return step
 
 
 def rule_like(peer: EagerLSTM) -> CoordinatewiseLSTM:
@@ -92,7 +134,7 @@ def rule_like(peer: EagerLSTM) -> CoordinatewiseLSTM:
     return rule
 
 
-def reorder_gates(weight: torch.Tensor) -> torch.Tensor:
+def reorder_gates(weight: Tensor) -> Tensor:
     """From torch's gate order (input, forget, candidate, output) to ours, with the candidate last."""
     i, f, g, o = weight.chunk(4)
     return torch.cat([i, f, o, g])

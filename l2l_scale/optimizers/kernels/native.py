@@ -12,6 +12,7 @@ from l2l_scale.optimizers.kernels.base import Kernel, StepGradient
 from l2l_scale.optimizers.kernels.build import BFLOAT16, KernelUnavailableError, instruction_set, library
 from l2l_scale.optimizers.kernels.program import MAX_FEATURES, Program
 
+_WORK_PER_THREAD = 4096  # coordinate-steps, a third of a millisecond: below, waking a thread costs more
 _SUFFIX = {torch.float32: "float32", torch.float64: "float64"}
 
 
@@ -61,7 +62,7 @@ class NativeKernel(Kernel):
     def step(self, weights: Tensor, grad: Tensor, state: Tensor, out: Tensor) -> Tensor:
         """One inner step."""
         update = torch.empty_like(grad)
-        self._call("forward", grad.dtype, weights, grad.numel(), grad, state, out, update)
+        self._call("forward", grad.numel(), grad.dtype, weights, grad.numel(), grad, state, out, update)
         return update
 
     def step_gradient(
@@ -72,7 +73,7 @@ class NativeKernel(Kernel):
         total = grad.numel()
         outputs = (result.weights, result.state, result.grad)
         inputs = (grad, None, d_update, state, d_state)
-        self._call("backward", grad.dtype, weights, total, total, 1, *inputs, *outputs)
+        self._call("backward", total, grad.dtype, weights, total, total, 1, *inputs, *outputs)
         return result
 
     def window_gradient(self, weights: Tensor, grads: Tensor, loss_weights: Tensor, state: Tensor) -> Tensor:
@@ -82,7 +83,7 @@ class NativeKernel(Kernel):
         total = grads.shape[1]
         inputs = (grads, loss_weights, None, state, None)
         arguments = (weights, total, total // problems, steps, *inputs, result, None, None)
-        self._call("backward", grads.dtype, *arguments)
+        self._call("backward", total * steps, grads.dtype, *arguments)
         return result
 
     @cached_property
@@ -106,12 +107,14 @@ class NativeKernel(Kernel):
             first_row, state_row = first_row + feature.size, state_row + feature.state_rows
         return structure
 
-    def _call(self, name: str, dtype: torch.dtype, *arguments: Tensor | int | None) -> None:
+    def _call(self, name: str, work: int, dtype: torch.dtype, *arguments: Tensor | int | None) -> None:
+        """Call a function on ``work`` coordinate-steps."""
         suffix = "bfloat16" if self.bf16 and dtype == torch.float32 else _SUFFIX[dtype]
         function = getattr(library(), f"l2l_{name}_{suffix}")
         for argument in arguments:
             assert not isinstance(argument, Tensor) or (argument.is_contiguous() and argument.dtype == dtype)
-        if function(ctypes.byref(self._structure), *map(_argument, arguments), torch.get_num_threads()):
+        threads = min(torch.get_num_threads(), 1 + work // _WORK_PER_THREAD)
+        if function(ctypes.byref(self._structure), *map(_argument, arguments), threads):
             raise MemoryError("the fused kernel's working memory could not be allocated")
 
     def __getstate__(self) -> dict[str, Program | bool]:

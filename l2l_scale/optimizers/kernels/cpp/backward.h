@@ -96,7 +96,7 @@ template <class P> class GroupBackward {
     for (int l = p_.layers - 1; l >= 0; --l) layer_backward(k, l, sums);
     if (a_.d_grads || a_.d_state) {
       alignas(64) T d_grad[kBlock];
-      inputs_backward<P>(w_.layers[0].input, p_.feature_size, 4 * p_.hidden_size, gate_operands(), d_features_, false);
+      inputs_backward<P>(w_.input[0], p_.feature_size, 4 * p_.hidden_size, gate_operands(), d_features_, false);
       features_backward<T>(p_, grads_ + k * kBlock, record.feature_state, d_features_, adjoint_, d_grad);
       if (a_.d_grads) scatter(d_grad, first_, a_.total, a_.d_grads + k * a_.total);
     }
@@ -137,8 +137,8 @@ template <class P> class GroupBackward {
     transpose_gates<P>(P::along_lanes(d_gates_, padded<T>(gates), operands_), gates, transposed_);
     outer_product<P>(transposed_, gates, rows_.data(), row, sums);
     const Operand* d = gate_operands();
-    inputs_backward<P>(w_.layers[l].hidden, hidden, gates, d, d_h, false);
-    if (l) inputs_backward<P>(w_.layers[l].input, inputs, gates, d, adjoint_ + h_row(p_, l - 1) * kBlock, true);
+    inputs_backward<P>(w_.hidden[l], hidden, gates, d, d_h, false);
+    if (l) inputs_backward<P>(w_.input[l], inputs, gates, d, adjoint_ + h_row(p_, l - 1) * kBlock, true);
   }
 
   // The adjoints of the gates of the layer that was last gone through, as operands along the rows.
@@ -166,9 +166,9 @@ template <class P> class GroupBackward {
 // the problem alone, and the parts are added in order. Float sums are short; long ones are kept in double.
 template <class P, class T = typename P::Scalar>
 void backward(const Program& p, const T* flat, const WindowAdjoint<T>& a, int threads) {
-  const Weights<P> weights(p, flat);
+  const Weights<P> weights(p, flat, true);
   const int64_t blocks = (a.total + kBlock - 1) / kBlock;
-  const int parts = int(std::clamp<int64_t>(a.total * a.steps / 640, 1, 32));
+  const int parts = int(std::clamp<int64_t>(a.total * a.steps / 4096, 1, 256));
   const int64_t flush_every = std::max<int64_t>(1, 20 / a.steps);
   const size_t size = WeightSums<T>::size(p);
   std::vector<double> totals(size * parts, 0.0);

@@ -30,28 +30,32 @@ template <class P> struct ForwardWeights {
   std::vector<T> biases;
   std::vector<typename P::Operand> operands;
 
-  ForwardWeights(const T* weight_input, const T* weight_hidden, const T* bias, int inputs, int hidden) {
+  ForwardWeights(const T* weight_input, const T* weight_hidden, const T* bias, int inputs, int hidden)
+      : biases(4 * hidden), operands(4 * hidden * (deep<P>(inputs) + deep<P>(hidden))) {
+    auto* next = operands.data();
     for (int first = 0; first < hidden; first += kTileUnits) {
       const int last = std::min(first + kTileUnits, hidden);
       for (int unit = first; unit < last; ++unit) {
-        for (int gate = 0; gate < 4; ++gate) biases.push_back(bias[gate * hidden + unit]);
+        for (int gate = 0; gate < 4; ++gate) biases[4 * unit + gate] = bias[gate * hidden + unit];
       }
-      add(weight_input, inputs, hidden, first, last);
-      add(weight_hidden, hidden, hidden, first, last);
+      next = add(weight_input, inputs, hidden, first, last, next);
+      next = add(weight_hidden, hidden, hidden, first, last, next);
     }
   }
 
  private:
-  void add(const T* weight, int columns, int hidden, int first, int last) {
+  static typename P::Operand* add(const T* weight, int columns, int hidden, int first, int last,
+                                  typename P::Operand* next) {
     for (int column = 0; column < columns; column += P::depth) {
       for (int unit = first; unit < last; ++unit) {
         for (int gate = 0; gate < 4; ++gate) {
           const T* line = weight + (gate * hidden + unit) * columns;
-          const T next = P::depth > 1 && column + 1 < columns ? line[column + 1] : T(0);
-          operands.push_back(P::operand(line[column], next));
+          const T second = P::depth > 1 && column + 1 < columns ? line[column + 1] : T(0);
+          *next++ = P::operand(line[column], second);
         }
       }
     }
+    return next;
   }
 };
 
@@ -163,10 +167,11 @@ void gates_backward(const LayerRecord<T>& r, const T* c_before, int hidden, cons
 template <class P> struct BackwardWeights {
   std::vector<typename P::Operand> operands;
 
-  BackwardWeights(const typename P::Scalar* weight, int columns, int gates) {  // 4H is even
-    for (int gate = 0; gate < gates; gate += P::depth) {
+  BackwardWeights(const typename P::Scalar* weight, int columns, int gates) : operands(deep<P>(gates) * columns) {
+    auto* out = operands.data();
+    for (int gate = 0; gate < gates; gate += P::depth) {  // 4H is even
       const auto *line = weight + gate * columns, *next = line + (P::depth - 1) * columns;
-      for (int column = 0; column < columns; ++column) operands.push_back(P::operand(line[column], next[column]));
+      for (int column = 0; column < columns; ++column) *out++ = P::operand(line[column], next[column]);
     }
   }
 };

@@ -36,26 +36,24 @@ class Arena {
   size_t size_ = 0, used_ = 0;
 };
 
+// φ in the forms in which the passes read it; what only the way back needs is made only for it.
 template <class P> struct Weights {
   using T = typename P::Scalar;
-  struct Layer {
-    ForwardWeights<P> forward;
-    BackwardWeights<P> input, hidden;
-  };
-  std::vector<Layer> layers;
+  std::vector<ForwardWeights<P>> forward;
+  std::vector<BackwardWeights<P>> input, hidden;
   const T *output, *output_bias;
 
-  Weights(const Program& p, const T* flat) {
-    const int hidden = p.hidden_size, gates = 4 * hidden;
+  Weights(const Program& p, const T* flat, bool backward)
+      : output(flat + output_offset(p)), output_bias(output + head_size(p) * p.hidden_size) {
+    const int gates = 4 * p.hidden_size;
     for (int l = 0; l < p.layers; ++l) {
       const int inputs = input_size(p, l);
-      const T *input = flat + layer_offset(p, l), *recurrent = input + gates * inputs;
-      layers.push_back({{input, recurrent, recurrent + gates * hidden, inputs, hidden},
-                        {input, inputs, gates},
-                        {recurrent, hidden, gates}});
+      const T *first = flat + layer_offset(p, l), *recurrent = first + gates * inputs;
+      forward.emplace_back(first, recurrent, recurrent + gates * p.hidden_size, inputs, p.hidden_size);
+      if (!backward) continue;
+      input.emplace_back(first, inputs, gates);
+      hidden.emplace_back(recurrent, p.hidden_size, gates);
     }
-    output = flat + output_offset(p);
-    output_bias = output + head_size(p) * hidden;
   }
 };
 
@@ -138,7 +136,7 @@ void step_forward(const Program& p, const Weights<P>& w, const T* grad, const T*
   const T* x = features;
   for (int l = 0; l < p.layers; ++l) {
     T* h_next = next + h_row(p, l) * kBlock;
-    layer_forward<P, false>(w.layers[l].forward, P::along_rows(x, input_size(p, l), operands), input_size(p, l),
+    layer_forward<P, false>(w.forward[l], P::along_rows(x, input_size(p, l), operands), input_size(p, l),
                             P::along_rows(state + h_row(p, l) * kBlock, p.hidden_size, h_operands), p.hidden_size,
                             state + c_row(p, l) * kBlock, next + c_row(p, l) * kBlock, h, gates, (T*)nullptr);
     for (int unit = 0; unit < p.hidden_size; ++unit) {
@@ -162,7 +160,7 @@ void step_record(const Program& p, const Weights<P>& w, const T* grad, const T* 
   const T* x = record.features;
   for (int l = 0; l < p.layers; ++l) {
     LayerRecord<T>& layer = record.layers[l];
-    layer_forward<P, true>(w.layers[l].forward, P::along_rows(x, input_size(p, l), operands), input_size(p, l),
+    layer_forward<P, true>(w.forward[l], P::along_rows(x, input_size(p, l), operands), input_size(p, l),
                            P::along_rows(h_before[l], p.hidden_size, h_operands), p.hidden_size, c_before[l],
                            layer.c, layer.h, layer.i, layer.tanh_c);
     x = layer.h;

@@ -34,7 +34,7 @@ template <class T> void scatter(const T* from, int64_t first, int64_t total, T* 
 template <class P, class T = typename P::Scalar>
 void forward(const Program& p, const T* flat, int64_t total, const T* grad, const T* state, T* next, T* update,
              int threads) {
-  const Weights<P> weights(p, flat);
+  const Weights<P> weights(p, flat, false);
   const int64_t blocks = (total + kBlock - 1) / kBlock, stride = int64_t(state_rows(p)) * kBlock;
   const size_t scratch_size = size_t(step_scratch_rows(p)) * kBlock;
   bool failed = false;

@@ -37,4 +37,16 @@ def make_kernel(rule: UpdateRule, device: torch.device, bf16: bool = False) -> K
     program = program_of(rule)
     if device.type == "cpu":
         return NativeKernel(program, bf16)
+    if device.type == "cuda":
+        return _gpu_kernel(program, bf16)
     raise KernelUnavailableError(f"there is no fused kernel for {device.type} devices")
+
+
+def _gpu_kernel(program: Program, bf16: bool) -> Kernel:
+    try:  # imported here alone: Triton is large, and only there for Linux with a GPU
+        from l2l_scale.optimizers.kernels.gpu.kernel import TritonKernel
+    except ImportError as error:
+        raise KernelUnavailableError(
+            f"the GPU kernel needs Triton ({error}): pip install triton, or use backend 'eager' or 'compiled'"
+        ) from error
+    return TritonKernel(program, bf16)

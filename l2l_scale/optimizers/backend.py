@@ -25,8 +25,8 @@ Backend: TypeAlias = Literal["auto", "eager", "compiled", "fused", "fused-bf16"]
 - fused: one kernel, in C++ on a CPU, in Triton on a GPU. First-order windows run in two phases and keep 29
   times less than eager.
 - fused-bf16: as fused, with matrix products in bfloat16 and sums in float32.
-- auto: fused in float32 on a CPU, where there is a kernel for the rule; else eager. On a GPU the kernel has to
-  be asked for: it is tested in Triton's interpreter only, and its speed is not known yet.
+- auto: fused in float32 on a CPU, where there is a kernel for the rule; else eager. On a GPU the kernel has
+  to be asked for: it is tested in Triton's interpreter only, and its speed is not known yet.
 """
 
 

@@ -77,7 +77,10 @@ class CompiledFamily(TaskFamily):
                 "the true meta-gradient needs them: use the family itself, or first order"
             )
         with torch.no_grad():  # always: another grad mode would be compiled anew
-            return self._compiled(theta, task, data)
+            losses, grads = self._compiled(theta, task, data)
+        if theta.is_cuda:  # the next replay of the CUDA graph writes into the same memory
+            losses, grads = losses.clone(), grads.clone()
+        return losses, grads
 
     def for_split(self, split: Split) -> CompiledFamily:
         """The same on the data of a split."""
@@ -89,7 +92,8 @@ class CompiledFamily(TaskFamily):
 
     @cached_property
     def _compiled(self) -> LossesAndGradients:
-        compiled: LossesAndGradients = torch.compile(_traceable(self.family))
+        # On a GPU as a CUDA graph: there launches dominate small tasks.
+        compiled: LossesAndGradients = torch.compile(_traceable(self.family), mode="reduce-overhead")
         return compiled
 
     def __getstate__(self) -> dict[str, TaskFamily]:

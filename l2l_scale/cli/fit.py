@@ -20,6 +20,7 @@ from l2l_scale.cli.export import export_rule
 from l2l_scale.cli.run_folder import choose_folder, empty, find_checkpoint, keep_metrics
 from l2l_scale.deploy import classes_of
 from l2l_scale.training import MetaStepBar, TrajectoryMetrics
+from l2l_scale.training.memory import Machine, check_memory
 
 
 class Fit(Experiment):
@@ -39,6 +40,9 @@ class Fit(Experiment):
             type=str | None,
             default=None,
             help="resume from a checkpoint, or the 'last' of run_dir",
+        )
+        parser.add_argument(
+            "--check_memory", type=bool, default=True, help="refuse a run that cannot fit into memory"
         )
 
     def before_instantiate_classes(self) -> None:
@@ -66,6 +70,8 @@ class Fit(Experiment):
         """Train, then export the best rule and say what comes next."""
         trainer, started = self.trainer, time.perf_counter()
         check_rhythm(trainer.max_steps, self.datamodule.windows_per_epoch)
+        if self.config.check_memory and trainer.local_rank == 0:  # once per host: it counts all its ranks
+            check_memory(self.model, self.datamodule, machine_of(trainer))
         if trainer.is_global_zero:
             keep_metrics(self.folder)  # before Lightning sets its logger up, which deletes them
         try:
@@ -83,7 +89,7 @@ class Fit(Experiment):
         config = self.config.clone()
         if config.checkpoint.dirpath == str(self.folder / "checkpoints"):
             config.checkpoint.dirpath = None  # else a run from this file would write into this folder
-        for option in ("config", "overwrite", "ckpt_path"):
+        for option in ("config", "overwrite", "ckpt_path", "check_memory"):
             config.pop(option, None)
         text = self.parser.dump(config, skip_none=False, skip_validation=True)
         (self.folder / "config.yaml").write_text(text, encoding="utf-8")
@@ -139,6 +145,16 @@ def check_rhythm(max_steps: int, windows_per_epoch: int) -> None:
             f"trainer.max_steps ({max_steps}) must be a multiple of data.windows_per_epoch "
             f"({windows_per_epoch}), or the last meta-steps would be in no checkpoint; {full} is one"
         )
+
+
+def machine_of(trainer: L.Trainer) -> Machine:
+    """What the trainer trains on."""
+    return Machine(
+        device=trainer.strategy.root_device,
+        ranks_per_node=trainer.num_devices,
+        world_size=trainer.world_size,
+        dtype=torch.float64 if trainer.precision == "64-true" else torch.float32,
+    )
 
 
 def run(arguments: list[str]) -> None:

@@ -14,6 +14,7 @@ COMMANDS = {
     "evaluate": "compare rules with tuned baselines on held-out tasks: table, report and picture",
     "tune": "tune the baselines of a config and show what was chosen",
     "export": "write the rule of a checkpoint as a file for LearnedOptimizer",
+    "memory": "predict the memory that meta-training with a config needs",
 }
 
 USAGE = f"""usage: l2l-scale COMMAND [options]

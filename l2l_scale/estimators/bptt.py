@@ -64,6 +64,7 @@ class TruncatedBPTT(GradientEstimator):
         if diverged.any():
             # Masking alone is not enough: zero times the infinite derivatives of a diverged slot is NaN.
             # So the window is run again with those slots held at their (finite) start.
+            del rollout  # with its graph: two would take twice the memory
             rollout = unroll(rule, family, carry, batch, self.mode, diverged, draw)
             rollout = rollout._replace(carry=rollout.carry._replace(diverged=diverged))
         values = self.meta_loss(rollout.losses, rollout.carry.start_loss, batch.inner_step, batch.horizon)

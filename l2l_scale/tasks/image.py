@@ -56,6 +56,10 @@ def resident_images(dataset: str, split: Split, device: torch.device) -> Residen
     Kept here and not in the family: tasks hold no mutable attributes, and families with the same images
     share them.
     """
+    if device.type == "meta":  # a rehearsal asks for sizes only: nothing is decoded
+        info = describe_images(dataset, split)
+        pixels = torch.empty(info.size, math.prod(info.shape), device=device)
+        return ResidentImages(pixels, torch.empty(info.size, dtype=torch.int64, device=device))
     images = load_images(dataset, split)
     pixels = torch.from_numpy(images.pixels).flatten(1).to(device).float().div_(images.white)
     return ResidentImages(pixels, torch.from_numpy(images.labels).to(device))

@@ -184,6 +184,7 @@ class MetaTraining(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log what the trajectories of the held-out tasks came to."""
         losses = stay_astray(torch.cat(self.valid_losses))
+        self.valid_carry, self.valid_losses = None, []  # large optimizees: not beside the next windows
         self.log("step", float(self.global_step))  # Lightning's own count is one off in a resumed run
         self.log("valid/sum", losses.sum(0).mean(), sync_dist=True)
         self.log("valid/final", losses[-1].mean(), prog_bar=True, sync_dist=True)

@@ -1,0 +1,157 @@
+"""How much memory a run will need, on the host and on the device, before any of it is allocated."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from l2l_scale.optimizers.backend import Backend
+from l2l_scale.rng import Split
+from l2l_scale.tasks import ImageClassifier
+from l2l_scale.training.data import WindowData
+from l2l_scale.training.memory.hollow import as_computed, choose_kernel, workspace_bytes
+from l2l_scale.training.memory.limits import device_available, host_available, resident_bytes
+from l2l_scale.training.memory.live_bytes import LiveBytes, Place, severity
+from l2l_scale.training.memory.rehearsal import CHECKPOINT, TRAINING, VALIDATION, rehearse
+from l2l_scale.training.module import MetaTraining
+
+FIRST_USE = 13_000_000
+"""What torch and Lightning take at the first window, whatever its size (measured): threads, buffers of matrix
+products, imports."""
+CUDA_CONTEXT = {"host": 800_000_000, "device": 600_000_000}
+"""Estimates, not measured: what CUDA and its libraries take."""
+_CONTEXT = "CUDA context (estimate)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where a run is computed.
+
+    Args:
+        device: of each rank.
+        ranks_per_node: processes on a host.
+        world_size: processes in all.
+        dtype: of θ.
+    """
+
+    device: torch.device
+    ranks_per_node: int = 1
+    world_size: int = 1
+    dtype: torch.dtype = torch.float32
+
+
+class Usage(NamedTuple):
+    """Bytes in one memory at the worst moment."""
+
+    parts: dict[str, int]
+    """Of one rank."""
+    ranks: int
+    """That share the memory."""
+    worst: str
+    """The moment."""
+    available: int | None
+    """To all ranks together; None if it is not known."""
+
+    @property
+    def total(self) -> int:
+        """Of all ranks."""
+        return self.ranks * sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is enough, as far as is known."""
+        return self.available is None or self.total <= self.available
+
+
+class Prediction(NamedTuple):
+    """What a run will need."""
+
+    host: Usage
+    device: Usage | None
+    """None in a run on the CPU."""
+    backend: str
+    window_per_coordinate_step: float
+    """Bytes of the training window and its slots per coordinate and inner step, at its worst moment."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is enough of everything."""
+        return self.host.fits and (self.device is None or self.device.fits)
+
+
+def predict(
+    model: MetaTraining, data: WindowData, machine: Machine, backend: Backend | None = None
+) -> Prediction:
+    """Predict the memory of a run, within 15 % in what was measured on a CPU.
+
+    Slots that diverge are not counted in: the window is then computed a second time. ``compiled`` counts as
+    eager, an upper bound.
+
+    Args:
+        model: the module; it is not touched.
+        data: where its windows come from.
+        machine: where it is computed.
+        backend: as if this one were configured.
+
+    Raises:
+        ValueError: if no kernel computes the rule with that backend, or a meta-loss is for another horizon.
+    """
+    model.estimator.check_horizon(data.schedule.horizon)
+    decoded = decoded_bytes(data)  # before the process is measured: describing data imports libraries
+    process = resident_bytes() + FIRST_USE
+    backend = model.backend if backend is None else backend
+    on_cpu = machine.device.type == "cpu"
+    kernel, description = choose_kernel(model.rule, backend, machine.device, machine.dtype)
+    live = LiveBytes(shared=on_cpu)
+    state = rehearse(model, data, partial(as_computed, kernel), machine.dtype, live, machine.world_size)
+    parts = Counter({"process itself": process, "data set": decoded})
+    if not on_cpu:
+        parts[_CONTEXT] = CUDA_CONTEXT["host"]
+    elif kernel is not None:
+        sizes = data.slots * data.family.spec.size, data.schedule.window
+        parts["kernel workspace"] = workspace_bytes(kernel.program, *sizes, machine.dtype)
+    host = _usage(live, "host", parts, state if on_cpu else 0, machine.ranks_per_node, host_available())
+    device = None if on_cpu else _device_usage(live, state, machine)
+    window = live.peak["host" if on_cpu else "device", TRAINING]
+    used = sum(size for tag, size in window.items() if tag.part in ("window", "slots"))
+    steps = data.slots * data.family.spec.size * data.schedule.window
+    return Prediction(host, device, description, used / steps)
+
+
+def _device_usage(live: LiveBytes, state: int, machine: Machine) -> Usage:
+    """Every rank has a device of its own."""
+    free, context = device_available(machine.device), CUDA_CONTEXT["device"]
+    return _usage(
+        live, "device", Counter({_CONTEXT: context}), state, 1, None if free is None else free + context
+    )
+
+
+def _usage(
+    live: LiveBytes, place: Place, known: Counter[str], state: int, ranks: int, available: int | None
+) -> Usage:
+    """The worst moment, in parts."""
+    moments = {
+        phase: live.peak.get((place, phase), Counter()) for phase in (TRAINING, VALIDATION, CHECKPOINT)
+    }
+    worst = max(moments, key=lambda phase: severity(moments[phase]))
+    parts = known.copy()
+    for tag, size in moments[worst].items():
+        parts[tag.part] += size
+    # In a training window the state is on its way from one form to the next, and counts as the window's.
+    missing = max(state - parts["slots"], 0)
+    parts["slots"] += missing
+    parts["window"] -= min(missing, parts["window"])
+    return Usage({part: size for part, size in parts.items() if size > 0}, ranks, worst, available)
+
+
+def decoded_bytes(data: WindowData) -> int:
+    """What a data set keeps in the host's memory besides the tensors on the device."""
+    if not isinstance(data.family, ImageClassifier):
+        _ = data.family.spec
+        return 0
+    images = [data.family.for_split(split).images for split in (Split.TRAIN, Split.VALID)]
+    return sum(info.size * torch.Size(info.shape).numel() for info in images)

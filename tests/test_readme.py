@@ -49,6 +49,7 @@ SMALL = {
     "export": [],
 }
 SMALL["tune"] = SMALL["evaluate"]
+SMALL["memory"] = []
 
 
 @pytest.fixture(scope="module")

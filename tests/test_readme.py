@@ -78,7 +78,9 @@ def test_command_runs(command, monkeypatch):
 
 
 def test_the_commands_are_found():
-    assert [shlex.split(command)[1] for command in COMMANDS] == ["fit", "evaluate", "tune", "export"]
+    assert [shlex.split(command)[1] for command in COMMANDS] == [
+        *("fit", "evaluate", "tune", "export", "memory"),
+    ]
     assert any("--ckpt_path last" in command for command in INLINE)
 
 

@@ -73,6 +73,8 @@ class InnerGradient(Enum):
 
 # A loss so far above its start is treated as overflowed: its gradients would drown all other slots'.
 _CEILING = 1e8
+# A gradient beyond this, too: products with it overflow in float32, though its loss may be finite.
+_STEEPEST = 1e20
 
 
 def begin(rule: UpdateRule, batch: WindowBatch, carry: Carry | None, restart_diverged: bool = True) -> Carry:
@@ -125,6 +127,8 @@ def unroll(
     if mode is InnerGradient.FIRST_ORDER and isinstance(rule, TwoPhaseRule):
         grads = carry.theta.new_empty(batch.window_length + 1, *carry.theta.shape)
         rollout = _run(rule, family, carry, batch, InnerGradient.NONE, frozen, grads)
+        diverged = rollout.carry.diverged | _too_steep(grads).any(0)
+        rollout = rollout._replace(carry=rollout.carry._replace(diverged=diverged))
         return rollout._replace(losses=rule.window_losses(rollout.losses, grads, carry.state, frozen, draw))
     assert draw is None or mode is InnerGradient.NONE, (type(rule), mode)
     return _run(rule, family, carry, batch, mode, frozen, None)
@@ -148,7 +152,7 @@ def _run(
         return grad
 
     theta = carry.theta
-    update = torch.zeros_like(theta)
+    update, steep = torch.zeros_like(theta), torch.zeros_like(carry.diverged)
     loss, grad = _loss_and_gradient(family, theta, batch, 0, mode)
     start_loss = torch.where(carry.start_loss.isnan(), loss.detach(), carry.start_loss)
     losses = []
@@ -161,11 +165,18 @@ def _run(
             theta = theta + update
             loss, grad = _loss_and_gradient(family, theta, batch, k + 1, mode)
             grad = enter(k + 1, grad)
+            if mode is not InnerGradient.NONE:
+                steep = steep | _too_steep(grad.detach())
             losses.append(loss)
         state = rule.close_window(theta, state)
     stacked = torch.stack(losses)
-    end = Carry(theta, state, start_loss, has_diverged(stacked.detach(), start_loss, _CEILING))
+    end = Carry(theta, state, start_loss, steep | has_diverged(stacked.detach(), start_loss, _CEILING))
     return Rollout(end, stacked, update.detach().square().mean(-1).sqrt())
+
+
+def _too_steep(grads: Tensor) -> Tensor:
+    """Where a gradient (..., N) is not finite or so large that products with it overflow, (...)."""
+    return ~((grads.amax(-1) <= _STEEPEST) & (grads.amin(-1) >= -_STEEPEST))
 
 
 def has_diverged(losses: Tensor, start_loss: Tensor, factor: float) -> Tensor:

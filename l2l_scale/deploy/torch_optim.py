@@ -47,7 +47,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         FileNotFoundError: if the rule file does not exist.
         ValueError: if there are no parameters, a parameter is complex or of integers, a group lies on several
             devices, lr is negative or not finite, the rule is none,
-            or the backend cannot compute it; later, if a gradient is sparse.
+            or the backend cannot compute it; later, if the precision is not the backend's, or a gradient is
+            sparse.
     """
 
     def __init__(

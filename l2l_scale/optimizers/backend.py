@@ -68,7 +68,8 @@ def accelerate(rule: UpdateRule, backend: Backend, device: torch.device, dtype: 
         dtype: of θ.
 
     Raises:
-        ValueError: if there is no such backend, or a fused one was asked for but none computes this rule.
+        ValueError: if there is no such backend, or a fused one was asked for and none computes this rule, or
+            in this precision.
         KernelUnavailableError: if a fused backend was asked for and its kernel cannot be built here.
     """
     check_backend(backend)
@@ -76,6 +77,8 @@ def accelerate(rule: UpdateRule, backend: Backend, device: torch.device, dtype: 
         return Accelerated(rule, "eager")
     if backend == "compiled":
         return Accelerated(CompiledRule(rule), "compiled by torch")
+    if backend in ("fused", "fused-bf16"):
+        _check_precision(rule, backend, dtype)
     if backend == "auto" and dtype != torch.float32:
         return Accelerated(rule, f"eager (fused kernels are for float32, not {dtype})")
     if backend == "auto" and device.type == "cuda":
@@ -89,6 +92,17 @@ def accelerate(rule: UpdateRule, backend: Backend, device: torch.device, dtype: 
             _warn(str(error))
         return Accelerated(rule, f"eager ({error})")
     return Accelerated(FusedRule(cast("CoordinatewiseLSTM", rule), kernel), f"fused ({kernel.name})")
+
+
+def _check_precision(rule: UpdateRule, backend: str, dtype: torch.dtype) -> None:
+    """Raise ``ValueError`` unless the kernels compute in this precision."""
+    known = [torch.float32] if backend == "fused-bf16" else [torch.float32, torch.float64]
+    own = {parameter.dtype for parameter in rule.parameters()}
+    if dtype not in known or own - {dtype}:
+        raise ValueError(
+            f"backend ({backend!r}) computes in {' or '.join(map(str, known))}, rule and θ alike; here "
+            f"the rule has {', '.join(map(str, own))} and θ {dtype}. Use backend 'eager' or 'auto'"
+        )
 
 
 @cache

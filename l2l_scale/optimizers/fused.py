@@ -58,7 +58,7 @@ class FusedRule(TwoPhaseRule):
         if not isinstance(state, OpenState):
             update, opened = self.forward(grad, theta, self.open_window(theta, state))
             return update, self.close_window(theta, opened)
-        flat, packed = grad.reshape(-1), state.packed
+        flat, packed = grad.reshape(-1).contiguous(), state.packed
         if torch.is_grad_enabled():
             update, packed = _Step.apply(self.kernel, state.weights, flat, packed)  # type: ignore[no-untyped-call]
         else:

@@ -246,3 +246,16 @@ def test_evaluation_uses_the_backend() -> None:
 def test_fused_curves_do_not_depend_on_how_tasks_are_grouped() -> None:
     rule, whole = small(), held_out("fused")
     assert torch.equal(loss_curves(rule, whole), loss_curves(rule, replace(whole, max_coordinates=10)))
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "theta"),
+    [
+        ("fused", torch.float16, torch.float16),
+        ("fused", torch.float64, torch.float32),
+        ("fused-bf16", torch.float64, torch.float64),
+    ],
+)
+def test_a_precision_that_no_kernel_has_is_refused(name: Any, own: torch.dtype, theta: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=rf"backend \('{name}'\) computes in torch.float32"):
+        accelerate(small().to(own), name, CPU, theta)

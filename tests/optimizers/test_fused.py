@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from l2l_scale.deploy import describe_rule
 from l2l_scale.estimators import LastLoss, LogLoss, MetaLoss, NormalizedLoss, SumLoss, TruncatedBPTT
 from l2l_scale.flat import FlatSpec
-from l2l_scale.optimizers import CoordinatewiseLSTM, LogSign, UpdateRule
+from l2l_scale.optimizers import CoordinatewiseLSTM, LogSign, RNNprop, UpdateRule
 from l2l_scale.optimizers.fused import FusedRule
 from l2l_scale.optimizers.kernels import make_kernel
 from l2l_scale.sampling import Schedule
@@ -368,3 +368,72 @@ def test_a_window_holds_few_bytes() -> None:
     assert small <= 60
     assert abs(large - small) <= 0.02 * small
     assert bytes_held(rule, 1000) > 10 * small  # that the count is one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cliff(Quadratic):
+    """Quadratics, one of which has a finite loss and a gradient of any size."""
+
+    steepness: float = float("inf")
+
+    def losses_and_gradients(
+        self, theta: Tensor, task: Tensors, data: Tensors, create_graph: bool
+    ) -> tuple[Tensor, Tensor]:
+        losses, grads = super().losses_and_gradients(theta, task, data, create_graph)
+        jump = torch.zeros_like(grads)
+        jump[1, 0] = self.steepness
+        return losses, grads + jump
+
+
+@pytest.mark.parametrize("steepness", [float("inf"), float("nan"), -3e38, 1e30])
+@pytest.mark.parametrize("second_order", [False, True])
+def test_a_gradient_that_overflows_costs_its_slot_only(steepness: float, second_order: bool) -> None:
+    torch.manual_seed(0)
+    rule, family = small_lstm().float(), Cliff(dimension=4, steepness=steepness)
+    (batch,) = draw_windows(family, SCHEDULE, 1, range(3), torch.float32)
+    for computed in (rule, fused(rule)):
+        carry = begin(computed, batch, None)
+        rollout, gradient = meta_gradient(computed, family, TruncatedBPTT(second_order), carry, batch)
+        assert rollout.carry.diverged.tolist() == [False, True, False]
+        assert gradient.isfinite().all()
+        assert gradient.norm() > 0
+
+
+class Linear(Quadratic):
+    """Σθ: autograd's gradient of it has one number in memory."""
+
+    def losses(self, theta: Tensor, task: Tensors, data: Tensors) -> Tensor:
+        return theta.sum(-1)
+
+
+def test_a_gradient_without_memory_of_its_own_is_taken() -> None:
+    rule, family = small_lstm().double(), Linear(dimension=5)
+    (batch,) = draw_windows(family, SCHEDULE, 1, range(3), torch.float64)
+    results = [
+        meta_gradient(computed, family, TruncatedBPTT(second_order=True), begin(computed, batch, None), batch)
+        for computed in (rule, fused(rule))
+    ]
+    assert_close(results[1][0].losses, results[0][0].losses)
+    assert_close(results[1][1], results[0][1])
+
+
+def test_no_coordinates_are_taken() -> None:
+    rule = fused(small_lstm().double())
+    theta = torch.zeros(1, 0, dtype=torch.float64)
+    with torch.no_grad():
+        update, state = rule(theta, theta, rule.init_state(theta))
+    assert update.shape == theta.shape
+    assert [leaf.shape for leaf in tree_leaves(state)] == [
+        leaf.shape for leaf in tree_leaves(rule.init_state(theta))
+    ]
+
+
+@pytest.mark.parametrize("shape", [(3, 50), (1, 5)])
+def test_a_state_holds_no_more_memory_than_its_numbers(shape: tuple[int, int]) -> None:
+    rule = fused(CoordinatewiseLSTM(4, features=RNNprop()))
+    theta = torch.zeros(shape)
+    with torch.no_grad():
+        _, state = rule(torch.ones(shape), theta, rule.init_state(theta))
+    for leaf in tree_leaves(state):
+        assert leaf.is_contiguous()
+        assert leaf.untyped_storage().nbytes() <= 2 * leaf.numel() * 4

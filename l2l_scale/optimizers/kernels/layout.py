@@ -29,7 +29,7 @@ def pack(state: Tree, shape: torch.Size, rows: int, dtype: torch.dtype | None = 
     total = shape.numel()
     blocks = -(-total // BLOCK)
     packed: Tensor = leaves[0].new_empty(blocks, rows, BLOCK, dtype=dtype)
-    packed[-1] = 0  # lanes beyond the last coordinate
+    packed[-1:] = 0  # lanes beyond the last coordinate
     row = 0
     for leaf in leaves:
         columns = leaf if leaf.dim() > len(shape) else leaf.expand(shape).unsqueeze(-1)
@@ -50,9 +50,9 @@ def unpack(packed: Tensor, like: Tree, shape: torch.Size) -> Tree:
     for leaf in tree_leaves(like):
         size = leaf.shape[-1] if leaf.dim() > len(shape) else 1
         columns = packed[:, row : row + size].transpose(1, 2).reshape(-1, size)[:total].to(leaf.dtype)
-        if leaf.dim() > len(shape):
-            leaves.append(columns.view(leaf.shape))
-        else:
-            leaves.append(columns.view(shape)[..., : leaf.shape[-1]])
+        own = columns.view(leaf.shape if leaf.dim() > len(shape) else shape)[..., : leaf.shape[-1]]
+        if own.untyped_storage().nbytes() > 2 * own.numel() * own.element_size():
+            own = own.clone(memory_format=torch.contiguous_format)  # or files would hold all of it
+        leaves.append(own)
         row += size
     return tree_unflatten(leaves, like)

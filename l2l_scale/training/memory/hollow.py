@@ -27,7 +27,8 @@ from l2l_scale.optimizers.kernels import (
 )
 from l2l_scale.optimizers.kernels.layout import BLOCK
 
-_PART, _MAX_PARTS = 4096, 256  # coordinate-steps for which sums are kept apart, in cpp/backward.h
+# Coordinate-steps for which sums are kept apart, and how many such parts there are: in cpp/backward.h.
+_PART, _MAX_PARTS, _PARTS_BYTES = 4096, 256, 32 << 20
 
 
 def choose_kernel(
@@ -76,7 +77,8 @@ def workspace_bytes(program: Program, coordinates: int, window: int, dtype: torc
     rows = record * window + (window + 1) + 2 * program.state_rows + program.feature_size + 8 * hidden
     sums = 4 * hidden * (inputs + layers * (hidden + 1)) + 16 * program.head_size * (hidden + 1)
     thread = rows * BLOCK * dtype.itemsize + sums * dtype.itemsize
-    parts = min(max(coordinates * window // _PART, 1), _MAX_PARTS)
+    most = min(max(_PARTS_BYTES // (sums * 8), 1), _MAX_PARTS)
+    parts = min(max(coordinates * window // _PART, 1), most)
     return torch.get_num_threads() * thread + parts * sums * 8
 
 

@@ -13,7 +13,7 @@ template <class P> class GroupBackward {
 
  public:
   GroupBackward(const Program& p, const Weights<P>& w, const WindowAdjoint<T>& a, Arena& arena)
-      : p_(p), w_(w), a_(a) {
+      : p_(p), w_(w), a_(a), h_(p.layers), c_(p.layers) {
     const int gates = 4 * p.hidden_size;
     const size_t record_size = size_t(StepRecord<T>::rows(p)) * kBlock;
     T* records = arena.take<T>(record_size * a.steps);
@@ -69,12 +69,11 @@ template <class P> class GroupBackward {
   void recompute() {
     const int64_t kept = a_.loss_weights ? a_.steps + 1 : a_.steps;
     for (int k = 0; k < kept; ++k) gather(a_.grads + k * a_.total, first_, a_.total, grads_ + k * kBlock);
-    std::vector<const T*> h(p_.layers), c(p_.layers);
     copy_rows(start_, p_.feature_rows, feature_end_);
     for (int k = 0; k < a_.steps; ++k) {
-      for (int l = 0; l < p_.layers; ++l) h[l] = h_before(k, l), c[l] = c_before(k, l);
+      for (int l = 0; l < p_.layers; ++l) h_[l] = h_before(k, l), c_[l] = c_before(k, l);
       copy_rows(feature_end_, p_.feature_rows, records_[k].feature_state);
-      step_record(p_, w_, grads_ + k * kBlock, h.data(), c.data(), feature_end_, row_operands_,
+      step_record(p_, w_, grads_ + k * kBlock, h_.data(), c_.data(), feature_end_, row_operands_,
                   records_[k]);
     }
   }
@@ -156,6 +155,7 @@ template <class P> class GroupBackward {
   int64_t first_ = 0;
   std::vector<StepRecord<T>> records_;
   std::vector<const Operand*> rows_;
+  std::vector<const T*> h_, c_;
   T *grads_, *start_, *adjoint_, *feature_end_, *d_update_, *d_outputs_, *d_features_, *d_gates_, *ones_;
   Operand *operands_, *transposed_, *row_operands_;
 };
@@ -168,9 +168,10 @@ template <class P, class T = typename P::Scalar>
 void backward(const Program& p, const T* flat, const WindowAdjoint<T>& a, int threads) {
   const Weights<P> weights(p, flat, true);
   const int64_t blocks = (a.total + kBlock - 1) / kBlock;
-  const int parts = int(std::clamp<int64_t>(a.total * a.steps / 4096, 1, 256));
-  const int64_t flush_every = std::max<int64_t>(1, 20 / a.steps);
   const size_t size = WeightSums<T>::size(p);
+  const int64_t most = std::clamp<int64_t>((32 << 20) / (size * sizeof(double)), 1, 256);
+  const int parts = int(std::clamp<int64_t>(a.total * a.steps / 4096, 1, most));
+  const int64_t flush_every = std::max<int64_t>(1, 20 / a.steps);
   std::vector<double> totals(size * parts, 0.0);
   bool failed = false;
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(|| : failed)
@@ -179,7 +180,13 @@ void backward(const Program& p, const T* flat, const WindowAdjoint<T>& a, int th
     failed = !arena.reserve(GroupBackward<P>::bytes(p, a.steps) + Arena::bytes<T>(size));
     T* sums = arena.take<T>(size);
     std::optional<GroupBackward<P>> group_backward;
-    if (!failed) group_backward.emplace(p, weights, a, arena);
+    if (!failed) {
+      try {
+        group_backward.emplace(p, weights, a, arena);
+      } catch (const std::bad_alloc&) {  // must not leave the thread
+        failed = true;
+      }
+    }
 #pragma omp for schedule(dynamic, 1)
     for (int part = 0; part < parts; ++part) {
       const int64_t begin = blocks * part / parts, end = blocks * (part + 1) / parts;

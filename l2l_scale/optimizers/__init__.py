@@ -2,6 +2,7 @@
 
 from l2l_scale.optimizers.adaptive import AdaGrad, Adam, AdamW, RMSprop
 from l2l_scale.optimizers.base import UpdateRule
+from l2l_scale.optimizers.cells import GlobalAveraging
 from l2l_scale.optimizers.classic import SGD, BarzilaiBorwein, HeavyBall, Nesterov
 from l2l_scale.optimizers.coordinatewise import CoordinatewiseLSTM
 from l2l_scale.optimizers.features import (
@@ -15,6 +16,7 @@ from l2l_scale.optimizers.features import (
 )
 from l2l_scale.optimizers.heads import Head, ScaledLinear, TanhExp
 from l2l_scale.optimizers.schedules import CosineSchedule, ExponentialSchedule, RateSchedule, Scheduled
+from l2l_scale.optimizers.shared_memory import SharedMemory
 
 __all__ = [
     "SGD",
@@ -27,6 +29,7 @@ __all__ = [
     "CosineSchedule",
     "ExponentialSchedule",
     "Feature",
+    "GlobalAveraging",
     "Head",
     "HeavyBall",
     "Identity",
@@ -39,6 +42,7 @@ __all__ = [
     "RateSchedule",
     "ScaledLinear",
     "Scheduled",
+    "SharedMemory",
     "TanhExp",
     "UpdateRule",
 ]

@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 from torch import Tensor, nn
 
+from l2l_scale.flat import FlatSpec
 from l2l_scale.tree import Tree
 
 Draw: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -40,6 +41,10 @@ class UpdateRule(nn.Module, ABC):
             theta: θ, (*, N).
             state: from :meth:`init_state`, :meth:`open_window` or the previous step.
         """
+
+    def for_spec(self, spec: FlatSpec) -> UpdateRule:
+        """The same rule, with the very same φ, for tasks with these parameters; most rules do not ask."""
+        return self
 
     def open_window(self, theta: Tensor, state: Tree) -> Tree:
         """The state in the form that the steps of one window work in; most rules have only one form.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
 from l2l_scale.checks import check_count, check_positive, check_range
+from l2l_scale.flat import FlatSpec
 from l2l_scale.optimizers.base import UpdateRule
-from l2l_scale.optimizers.cells import StackedLSTM
+from l2l_scale.optimizers.cells import GlobalAveraging, Mean, StackedLSTM, mean_of_problem
 from l2l_scale.optimizers.features import Feature, Identity
 from l2l_scale.optimizers.heads import Head, ScaledLinear
 from l2l_scale.tree import Tree
@@ -15,6 +18,8 @@ from l2l_scale.tree import Tree
 
 class CoordinatewiseLSTM(UpdateRule):
     """One small LSTM, its weights shared by all coordinates, its state each coordinate's own.
+
+    Coordinates hear nothing of each other, unless some cells are global averaging cells ("LSTM+GAC").
 
     Args:
         hidden_size: H, units per layer; at least 1.
@@ -24,9 +29,13 @@ class CoordinatewiseLSTM(UpdateRule):
         forget_bias: initial bias of the forget gates.
         output_scale: factor on the initial weights of the output layer. Small values make the first
             updates small, so that untrained rules do not throw θ far away.
+        sharing: global averaging cells; none if not given.
+        chunk: how many coordinates are computed at once, to save memory (their gates are computed again in
+            backward); all if not given. The result is the same up to rounding.
 
     Raises:
-        ValueError: if a size is below 1 or a scale is not a positive finite number.
+        ValueError: if a size is below 1, more units are shared than there are, or a scale is not a positive
+            finite number.
     """
 
     def __init__(
@@ -37,21 +46,35 @@ class CoordinatewiseLSTM(UpdateRule):
         head: Head | None = None,
         forget_bias: float = 1.0,
         output_scale: float = 0.1,
+        sharing: GlobalAveraging | None = None,
+        chunk: int | None = None,
     ) -> None:
         super().__init__()
         check_count("hidden_size", hidden_size)
         check_count("layers", layers)
+        if chunk is not None:
+            check_count("chunk", chunk)
         check_positive("output_scale", output_scale, zero=True)
         check_range("forget_bias", forget_bias, -100, 100)
         self.hidden_size, self.layers = hidden_size, layers
         self.forget_bias, self.output_scale = forget_bias, output_scale
         self.features = Identity() if features is None else features
         self.head = ScaledLinear() if head is None else head
-        self.network = StackedLSTM(self.features.size, hidden_size, layers, forget_bias)
+        self.sharing, self.chunk = sharing, chunk
+        self.mean: Mean = mean_of_problem
+        self.network = StackedLSTM(self.features.size, hidden_size, layers, forget_bias, sharing)
         self.output = nn.Linear(hidden_size, self.head.size)
         with torch.no_grad():
             self.output.weight *= output_scale
             self.output.bias.zero_()
+
+    def for_spec(self, spec: FlatSpec) -> CoordinatewiseLSTM:
+        """The same rule, whose cells average over these tasks' parameter groups, if they are to do so."""
+        if self.sharing is None:
+            return self
+        bound = copy.copy(self)
+        bound.mean = self.sharing.mean_for(spec)
+        return bound
 
     def init_state(self, theta: Tensor) -> Tree:
         """The states of the features and of the LSTM layers, zero."""
@@ -61,5 +84,5 @@ class CoordinatewiseLSTM(UpdateRule):
         """One inner step, coordinate by coordinate; θ itself is not looked at."""
         feature_state, network_state = state
         features, feature_state = self.features(grad, feature_state)
-        hidden, network_state = self.network(features, network_state)
+        hidden, network_state = self.network(features, network_state, self.mean, self.chunk)
         return self.head(self.output(hidden)), (feature_state, network_state)

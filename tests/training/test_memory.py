@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from copy import deepcopy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -301,3 +302,11 @@ def test_memory_that_slurm_gave_is_read():
     assert list(slurm_given({"SLURM_MEM_PER_NODE": "16"})) == [16 << 20]
     assert list(slurm_given({"SLURM_MEM_PER_CPU": "4", "SLURM_CPUS_ON_NODE": "8"})) == [32 << 20]
     assert list(slurm_given({"SLURM_MEM_PER_NODE": "0"})) == []
+
+
+def test_a_data_set_that_is_not_there_stops_the_run_at_once(tmp_path: Path) -> None:
+    family = ImageClassifier(dataset=str(tmp_path / "nowhere"))
+    data = WindowData(family, horizon=4, window=2, slots=1)
+    module = MetaTraining(CoordinatewiseLSTM(), family)
+    with pytest.raises(ValueError, match="nowhere"):
+        check_memory(module, data, Machine(device=torch.device("cpu")))

@@ -106,6 +106,11 @@ def program_of(rule: UpdateRule) -> Program:
     """
     if type(rule) is not CoordinatewiseLSTM:
         raise UnsupportedRuleError(f"{type(rule).__name__} has no fused kernel, only CoordinatewiseLSTM has")
+    if rule.sharing is not None:
+        raise UnsupportedRuleError(
+            "global averaging cells are in no fused kernel: it computes block after block of coordinates, and "
+            "a mean over all of them stands between two layers"
+        )
     if rule.hidden_size > MAX_HIDDEN or rule.layers > MAX_LAYERS:
         raise UnsupportedRuleError(
             f"hidden_size ({rule.hidden_size}) and layers ({rule.layers}) must be <= {MAX_HIDDEN} and "

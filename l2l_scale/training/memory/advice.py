@@ -26,6 +26,8 @@ def check_memory(model: MetaTraining, data: WindowData, machine: Machine) -> Non
     """
     try:
         prediction = predict(model, data, machine)
+    except (ValueError, OSError):  # what a user wrote, or a data set that is not there
+        raise
     except Exception as error:
         # A family or rule of the user's may do what tensors without content cannot.
         _LOG.warning("the run's memory could not be predicted, so it is not checked: %s", error)

@@ -17,6 +17,7 @@ from l2l_scale.optimizers.features import (
 from l2l_scale.optimizers.heads import Head, ScaledLinear, TanhExp
 from l2l_scale.optimizers.schedules import CosineSchedule, ExponentialSchedule, RateSchedule, Scheduled
 from l2l_scale.optimizers.shared_memory import SharedMemory
+from l2l_scale.optimizers.steered_memory import SteeredMemory
 
 __all__ = [
     "SGD",
@@ -43,6 +44,7 @@ __all__ = [
     "ScaledLinear",
     "Scheduled",
     "SharedMemory",
+    "SteeredMemory",
     "TanhExp",
     "UpdateRule",
 ]

@@ -1,0 +1,94 @@
+"""What a quasi-Newton step can be trusted with when all that is known are gradients with rounding errors.
+
+Every step starts from an *anchor*, the best point so far, and leads to a *trial* point. There the next
+gradient is measured, and these functions say whether the trial becomes the anchor, and whether what was
+learned about the curvature is more than rounding. Shapes: vectors (*, N), numbers and masks (*, 1).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from l2l_scale.optimizers.quasi_newton import dot, norm, reciprocal
+
+CURVATURE = 3.0
+"""By how many times sᵀy must exceed what rounding can make of it."""
+FORGETTING = 0.95
+"""What is left of the steepness estimate after a step, so that one wild region does not blind it for ever."""
+GROWTH = 4.0
+"""Factor on a step that went downhill along a line without measurable curvature."""
+RETREAT = 0.1
+"""Factor on steps into unknown directions after one that failed without teaching anything."""
+CORRECTION = (0.1, 10.0)
+"""Range of the measured correction of the last step length; its root is applied to the next one."""
+
+
+class Trial(NamedTuple):
+    """What the gradient at the trial point says."""
+
+    s: Tensor
+    """From the anchor to the trial point; zero where the gradient is not finite."""
+    y: Tensor
+    """Change of the gradient along s."""
+    moved: Tensor
+    """Whether there was a step."""
+    improved: Tensor
+    """Whether the loss is lower, as far as two gradients can tell."""
+    noise: Tensor
+    """What rounding may have done to a gradient here, as a norm."""
+    steepness: Tensor
+    """Largest recent ‖y‖ / ‖s‖, an estimate of the largest curvature."""
+
+
+def judge(
+    theta: Tensor, grad: Tensor, anchor: Tensor, at_anchor: Tensor, steepness: Tensor, eps: float
+) -> Trial:
+    """Judge a trial point.
+
+    The change of the loss is estimated as ½ (∇f(anchor) + ∇f(trial))ᵀ s, the trapezoidal rule. It is exact for
+    quadratics, and close to where a loss does not change any more it is far more accurate than the difference of
+    two losses (the approximate Wolfe condition of Hager and Zhang 2005 is the same idea).
+
+    Rounding of θ alone moves a gradient by eps · steepness · ‖θ‖, and of the sums in it by eps · ‖∇f‖.
+
+    Args:
+        theta: the trial point.
+        grad: ∇f there.
+        anchor: the best point so far.
+        at_anchor: ∇f there.
+        steepness: the estimate so far.
+        eps: relative precision of the gradients.
+    """
+    finite = grad.isfinite().all(-1, keepdim=True) & theta.isfinite().all(-1, keepdim=True)
+    s = torch.where(finite, theta - anchor, 0.0)
+    y = torch.where(finite, grad - at_anchor, 0.0)
+    length, change = norm(s), norm(y)
+    before, after = dot(at_anchor, s), dot(at_anchor + y, s)
+    improved = finite & (before + after < 0) & (before < 0)
+    size = torch.maximum(norm(anchor), norm(anchor + s))
+
+    def rounding(steepness: Tensor) -> Tensor:
+        return 0.5 * eps * (steepness * size + norm(at_anchor))
+
+    steepness = FORGETTING * steepness
+    measurable = improved & (change > CURVATURE * rounding(steepness))
+    measured = change * reciprocal(length, length > 0)
+    steepness = torch.where(measurable, torch.maximum(steepness, measured), steepness).detach()
+    return Trial(s, y, length > 0, improved, rounding(steepness).detach(), steepness)
+
+
+def has_curvature(s: Tensor, y: Tensor, noise: Tensor) -> Tensor:
+    """Whether sᵀy is positive, and more than rounding: the curvature condition of BFGS, in finite precision."""
+    return dot(s, y) > CURVATURE * norm(s) * noise
+
+
+def correction(s: Tensor, y: Tensor, at_anchor: Tensor) -> Tensor:
+    """By which factor a step s should have been longer: −∇f(anchor)ᵀ s / sᵀy, exact for quadratics.
+
+    Zero where the curvature sᵀy is not positive.
+    """
+    curvature = dot(s, y)
+    return -dot(at_anchor, s) * reciprocal(curvature, curvature > 0)

@@ -1,0 +1,292 @@
+"""A quasi-Newton memory that a network steers: what is written is what BFGS writes, how much is learned."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from l2l_scale.checks import check_count, check_positive, check_range
+from l2l_scale.flat import FlatSpec
+from l2l_scale.optimizers import safeguards
+from l2l_scale.optimizers.base import UpdateRule
+from l2l_scale.optimizers.cells import GlobalAveraging, Mean, mean_of_problem
+from l2l_scale.optimizers.memory import Storage, check_storage, is_dense
+from l2l_scale.optimizers.quasi_newton import (
+    DenseSecantMemory,
+    SecantMemory,
+    WindowedSecantMemory,
+    dot,
+    norm,
+    reciprocal,
+)
+from l2l_scale.optimizers.safeguards import Trial, correction, has_curvature, judge
+from l2l_scale.optimizers.steering import Observations, Steering, SteeringNetwork
+from l2l_scale.tree import Tree
+
+_DISCREPANCY = 0.05
+"""A pair that memory foretells up to this share of s needs not be written."""
+_MAX_TRUST = 1e3
+"""How far κ may grow along lines without measurable curvature."""
+_VECTORS, _NUMBERS = 3, 10
+"""What the network sees, see :meth:`SteeredMemory._observe`."""
+
+
+class SteeredState(NamedTuple):
+    """What the rule remembers; numbers are (*, 1)."""
+
+    network: Tree
+    memory: Tree
+    anchor: Tensor
+    """(*, N): the best point so far, from which steps start."""
+    gradient: Tensor
+    """(*, N): ∇f there."""
+    explore: Tensor
+    """γ, the step length in directions of which nothing is known."""
+    trust: Tensor
+    """κ, the share of the quasi-Newton step that is taken in known directions."""
+    steepness: Tensor
+    directions: Tensor
+    """How many directions have become known since the memory was cleared."""
+    failures: Tensor
+    """Trials in a row that did not improve."""
+    started: Tensor
+    """One, or zero before the first step."""
+
+
+class Write(NamedTuple):
+    """The pair that a trial offers to the memory."""
+
+    s: Tensor
+    y: Tensor
+    new: Tensor
+    """Whether it is the part of the trial's pair that is conjugate to what is known."""
+    whole: Tensor
+    """Whether it is the trial's pair as it is."""
+    scale: Tensor
+    """sᵀy / yᵀy, a step length."""
+    correction: Tensor
+    """By which factor the step into new directions should have been longer."""
+
+
+class SteeredMemory(UpdateRule):
+    """Quasi-Newton steps from a memory of the rule's own steps s and gradient changes y, steered by an LSTM.
+
+    With M = K + γ P D Pᵀ as in :mod:`quasi_newton`, the trial point is anchor − κ K ∇ − γ P D Pᵀ ∇. At the next
+    gradient the trial is judged (:mod:`safeguards`): the better of the two points becomes the anchor; the part of
+    (s, y) that is conjugate to what is known, or else the pair itself, is written as BFGS writes it if its
+    curvature is more than rounding; γ follows the measured corrections. On quadratics this is conjugate gradients
+    with one gradient per step instead of a line search.
+
+    The network sees the gradient, s and y relative to their norms, and some numbers of the problem. It sets D,
+    factors on γ and κ, and how pairs are damped: all within bounds, so that it cannot switch the safeguards off.
+    Before training its outputs are near zero, and the rule is the hand-designed method.
+
+    Args:
+        hidden_size: H, units per layer.
+        layers: LSTM layers.
+        sharing: global averaging cells; 2 per layer if not given.
+        first_step: length of the first step relative to the gradient, where training starts; it is learned.
+        newness: share of the curvature sᵀy that must lie in unknown directions for a conjugate pair to be written
+            instead of the pair itself. Low values rest on the memory of a quadratic, high ones renew it.
+        patience: failures in a row after which the memory is cleared.
+        freedom: the largest factor by which the network can lengthen or shorten a step.
+        storage: of the memory: "dense" is (N, N), "window" the last pairs; "auto" is dense up to ``max_dense``.
+        window: pairs that a window holds.
+        max_dense: largest N of a dense memory if the storage is "auto".
+        precision: of the memory and of sums over coordinates. "double" costs little for small problems, and in
+            ill-conditioned ones rounding in M is what ends progress; "same" is that of θ.
+        forget_bias: initial bias of the forget gates.
+        output_scale: factor on the initial weights of the output layer.
+        chunk: how many coordinates the network computes at once, to save memory; all if not given.
+
+    Raises:
+        ValueError: if a number or choice is out of range.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int = 20,
+        layers: int = 1,
+        sharing: GlobalAveraging | None = None,
+        first_step: float = 0.01,
+        newness: float = 0.01,
+        patience: int = 5,
+        freedom: float = 4.0,
+        storage: Storage = "auto",
+        window: int = 10,
+        max_dense: int = 256,
+        precision: Literal["double", "same"] = "double",
+        forget_bias: float = 1.0,
+        output_scale: float = 0.1,
+        chunk: int | None = None,
+    ) -> None:
+        super().__init__()
+        counts = {"hidden_size": hidden_size, "layers": layers, "patience": patience}
+        sizes = {"window": window, "max_dense": max_dense, **({} if chunk is None else {"chunk": chunk})}
+        for name, value in {**counts, **sizes}.items():
+            check_count(name, value)
+        check_positive("first_step", first_step)
+        check_range("newness", newness, 0, 1)
+        check_range("freedom", freedom, 1, 100)
+        check_positive("output_scale", output_scale, zero=True)
+        check_range("forget_bias", forget_bias, -100, 100)
+        check_storage(storage)
+        if precision not in ("double", "same"):
+            raise ValueError(f"precision ({precision!r}) must be 'double' or 'same'")
+        self.hidden_size, self.layers = hidden_size, layers
+        self.sharing = GlobalAveraging() if sharing is None else sharing
+        self.first_step, self.newness, self.patience, self.freedom = first_step, newness, patience, freedom
+        self.storage, self.window, self.max_dense, self.precision = storage, window, max_dense, precision
+        self.forget_bias, self.output_scale, self.chunk = forget_bias, output_scale, chunk
+        self.mean: Mean = mean_of_problem
+        self.log_first_step = nn.Parameter(torch.tensor(math.log(first_step)))
+        self.network = SteeringNetwork(
+            _VECTORS, _NUMBERS, hidden_size, layers, self.sharing, freedom, forget_bias, output_scale
+        )
+
+    def for_spec(self, spec: FlatSpec) -> SteeredMemory:
+        """The same rule, whose cells average over these tasks' parameter groups, if they are to do so."""
+        bound = copy.copy(self)
+        bound.mean = self.sharing.mean_for(spec)
+        return bound
+
+    def memory_of(self, size: int) -> SecantMemory:
+        """The storage for problems of ``size`` coordinates."""
+        dense = is_dense(self.storage, size, self.max_dense)
+        return DenseSecantMemory() if dense else WindowedSecantMemory(self.window)
+
+    def describe(self, size: int) -> str:
+        """How the memory of problems of ``size`` coordinates is stored, for the log."""
+        if is_dense(self.storage, size, self.max_dense):
+            return f"dense quasi-Newton memory, two matrices of {size} × {size}"
+        return f"quasi-Newton memory of the last {self.window} pairs"
+
+    def init_state(self, theta: Tensor) -> SteeredState:
+        """An empty memory at ``theta`` (*, N)."""
+        work = theta.double() if self.precision == "double" else theta
+        zero = torch.zeros_like(work[..., :1])
+        return SteeredState(
+            self.network.init_state(theta),
+            self.memory_of(theta.shape[-1]).init(work),
+            anchor=work,
+            gradient=torch.zeros_like(work),
+            explore=zero,
+            trust=zero + 1,
+            steepness=zero,
+            directions=zero,
+            failures=zero,
+            started=zero,
+        )
+
+    def forward(self, grad: Tensor, theta: Tensor, state: Tree) -> tuple[Tensor, Tree]:
+        """One inner step: judge the last one, write what it taught, and try the next."""
+        memory, eps = self.memory_of(theta.shape[-1]), torch.finfo(grad.dtype).eps
+        point, gradient = theta.to(state.anchor), grad.to(state.anchor)
+        state = self._begin(state, gradient)
+        trial = judge(point, gradient, state.anchor, state.gradient, state.steepness, eps)
+        write = self._select(memory, state, trial)
+        steering, network = self.network(
+            self._observe(state, trial, write), state.network, self.mean, self.chunk
+        )
+        state = self._write(memory, state, trial, write, steering)
+        state = self._adapt(memory, state, trial, write)._replace(network=network)
+        step = self._step(memory, state, steering)
+        converged = norm(state.gradient) <= trial.noise / 2
+        target = state.anchor - step.masked_fill(converged, 0.0)
+        return (target - point).to(theta.dtype), state._replace(started=torch.ones_like(state.started))
+
+    def _begin(self, state: SteeredState, gradient: Tensor) -> SteeredState:
+        """At the first step, the gradient is that of the anchor, and the step length is the learned one."""
+        started = state.started > 0
+        first = self.log_first_step.exp().to(gradient)
+        return state._replace(
+            gradient=torch.where(started, state.gradient, gradient),
+            explore=torch.where(started, state.explore, first),
+        )
+
+    def _select(self, memory: SecantMemory, state: SteeredState, trial: Trial) -> Write:
+        """What a trial offers to the memory: its part in unknown directions, or all of it, or nothing."""
+        s, y = memory.unknown(state.memory, trial.s), memory.unknown_transposed(state.memory, trial.y)
+        unknown = state.directions < trial.s.shape[-1]
+        share = dot(s, y) > self.newness * dot(trial.s, trial.y)
+        new = has_curvature(s, y, trial.noise) & share & unknown
+        surprise = trial.s - self._expected(memory, state, trial.y)
+        surprised = norm(surprise) > _DISCREPANCY * norm(trial.s)
+        whole = has_curvature(trial.s, trial.y, trial.noise) & surprised & ~new
+        square = dot(y, y)
+        scale = dot(s, y) * reciprocal(square, square > 0)
+        return Write(s, y, new, whole, scale, correction(s, y, state.gradient))
+
+    def _expected(self, memory: SecantMemory, state: SteeredState, y: Tensor) -> Tensor:
+        """The step that memory expects to cause a change y of the gradient, M y."""
+        rest = memory.unknown(state.memory, memory.unknown_transposed(state.memory, y))
+        return memory.known(state.memory, y) + state.explore * rest
+
+    def _observe(self, state: SteeredState, trial: Trial, write: Write) -> Observations:
+        """What the network sees of a trial."""
+        size, before = norm(state.gradient), norm(trial.y)
+        lengths = (size, before, norm(trial.s), state.explore, state.trust, write.correction, write.scale)
+        return Observations(
+            (state.gradient + trial.y, trial.s, trial.y), lengths, (trial.improved, write.new, write.whole)
+        )
+
+    def _write(
+        self, memory: SecantMemory, state: SteeredState, trial: Trial, write: Write, steering: Steering
+    ) -> SteeredState:
+        """Write the pair as the network wants it; the anchor moves to the better point."""
+        toward = steering.conjugate * write.new
+        s, y = (raw + toward * (part - raw) for raw, part in ((trial.s, write.s), (trial.y, write.y)))
+        s = s + (1 - steering.accept) * (self._expected(memory, state, y) - s)
+        where = (write.new | write.whole) & (dot(s, y) > 0)
+        return state._replace(
+            memory=memory.write(state.memory, s, y, where),
+            anchor=torch.where(trial.improved, state.anchor + trial.s, state.anchor),
+            gradient=torch.where(trial.improved, state.gradient + trial.y, state.gradient),
+        )
+
+    def _adapt(self, memory: SecantMemory, state: SteeredState, trial: Trial, write: Write) -> SteeredState:
+        """Step lengths for the next trial; what failed too often starts again from an empty memory."""
+        written, improved = write.new | write.whole, trial.improved
+        low, high = safeguards.CORRECTION
+        by_luck = torch.where(improved, safeguards.GROWTH, safeguards.RETREAT).to(state.explore)
+        factor = torch.where(write.new, write.correction.clamp(low, high).sqrt(), by_luck)
+        explore = state.explore * torch.where(write.whole, 1.0, factor)
+        explore = torch.where(write.new & (state.directions == 0), write.scale, explore)
+        measured = written | (norm(trial.y) > safeguards.CURVATURE * trial.noise)
+        higher = torch.where(
+            measured,
+            (safeguards.GROWTH * state.trust).clamp(max=1),
+            (safeguards.GROWTH * state.trust).clamp(max=_MAX_TRUST),
+        )
+        lower = torch.where(written, state.trust.clamp(max=1), state.trust / 2)
+        trust = torch.where(improved, higher, lower)
+        failures = torch.where(improved, 0.0, state.failures + 1)
+        explore, trust, failures = (
+            torch.where(trial.moved, new, old)
+            for new, old in (
+                (explore, state.explore),
+                (trust, state.trust),
+                (failures, state.failures),
+            )
+        )
+        directions = state.directions + write.new
+        again = failures >= self.patience
+        safe = reciprocal(trial.steepness, trial.steepness > 0)
+        return state._replace(
+            memory=memory.clear(state.memory, directions >= trial.s.shape[-1], again),
+            explore=torch.where(again & (safe > 0), safe, explore.clamp(1e-12, 1e12)),
+            trust=torch.where(again, 1.0, trust),
+            directions=directions.masked_fill(again, 0.0),
+            failures=failures.masked_fill(again, 0.0),
+            steepness=trial.steepness,
+        )
+
+    def _step(self, memory: SecantMemory, state: SteeredState, steering: Steering) -> Tensor:
+        """κ K ∇ + γ P D Pᵀ ∇ at the anchor."""
+        known = state.trust * steering.trust * memory.known(state.memory, state.gradient)
+        rest = steering.coordinates * memory.unknown_transposed(state.memory, state.gradient)
+        return known + state.explore * steering.explore * memory.unknown(state.memory, rest)

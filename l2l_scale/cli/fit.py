@@ -97,12 +97,13 @@ class Fit(Experiment):
     def headline(self) -> str:
         """What is about to run."""
         data, size = self.datamodule, sum(p.numel() for p in self.model.rule.parameters())
+        storage = self.model.rule.storage_for(data.family.spec.size)
         return (
             f"meta-training {type(self.model.rule).__name__} ({size:,} parameters) on {data.family}\n"
             f"{data.slots} slots, windows of {data.schedule.window} of a horizon of {data.schedule.horizon}, "
             f"{self.trainer.max_steps:,} meta-steps, seed {data.seed}\n"
             f"backend {self.model.accelerated.description}, {torch.get_num_threads()} CPU threads; "
-            f"run folder {self.folder}"
+            f"{storage + '; ' if storage else ''}run folder {self.folder}"
         )
 
     def finish(self, seconds: float) -> None:

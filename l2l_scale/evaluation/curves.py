@@ -84,7 +84,8 @@ class HeldOut:
     def accelerate(self, rule: UpdateRule) -> UpdateRule:
         """The rule as the backend computes it; classic rules are left as they are."""
         for parameter in rule.parameters():
-            return accelerate(rule, self.backend, torch.device(self.device), parameter.dtype).rule
+            bound = rule.for_spec(self.family.spec)
+            return accelerate(bound, self.backend, torch.device(self.device), parameter.dtype).rule
         return rule
 
     def sampler(self) -> WindowSampler:

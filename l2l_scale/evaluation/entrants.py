@@ -24,7 +24,11 @@ from l2l_scale.optimizers.base import UpdateRule
 from l2l_scale.rng import Split
 from l2l_scale.tasks.base import TaskFamily
 
-REFERENCES = {"L-BFGS": ReferenceMethod.LBFGS, "CG": ReferenceMethod.CONJUGATE_GRADIENT}
+REFERENCES = {
+    "BFGS": ReferenceMethod.BFGS,
+    "L-BFGS": ReferenceMethod.LBFGS,
+    "CG": ReferenceMethod.CONJUGATE_GRADIENT,
+}
 """Names of the references."""
 
 _RULES_PER_JOB = 4  # they share the drawing of tasks

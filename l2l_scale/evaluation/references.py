@@ -29,6 +29,7 @@ Objective: TypeAlias = Callable[[np.ndarray], tuple[float, np.ndarray]]
 class ReferenceMethod(Enum):
     """Which method; the value is SciPy's name of it."""
 
+    BFGS = "BFGS"
     LBFGS = "L-BFGS-B"
     CONJUGATE_GRADIENT = "CG"
 
@@ -39,6 +40,7 @@ class ReferenceMethod(Enum):
 
 
 _TITLES = {
+    ReferenceMethod.BFGS: "BFGS, strong Wolfe line search (SciPy)",
     ReferenceMethod.LBFGS: "L-BFGS, memory 20, strong Wolfe line search (SciPy)",
     ReferenceMethod.CONJUGATE_GRADIENT: "conjugate gradient, Polak–Ribière, strong Wolfe line search (SciPy)",
 }
@@ -46,6 +48,7 @@ _TITLES = {
 # Tolerances of zero: a solver ends when it finds no lower loss, or by our own count of evaluations.
 # c2 makes the line search of conjugate gradients nearly exact: SciPy's 0.4 needs far more evaluations here.
 _OPTIONS = {
+    ReferenceMethod.BFGS: {"gtol": 0.0, "xrtol": 0.0},
     ReferenceMethod.LBFGS: {"maxcor": 20, "ftol": 0.0, "gtol": 0.0, "maxls": 40, "maxfun": 10**9},
     ReferenceMethod.CONJUGATE_GRADIENT: {"gtol": 0.0, "c2": 0.01},
 }

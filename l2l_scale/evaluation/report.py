@@ -31,6 +31,8 @@ from l2l_scale.unroll import has_diverged
 
 INNER_STEPS = (20, 50, 100, 200)
 """Where losses are reported, besides the horizon and the end of the run."""
+LOW_LOSSES = (1e-2, 1e-4, 1e-6)
+"""The time to these losses is reported."""
 DIVERGED_FACTOR = 10.0
 """A loss diverged if it rose above its start by more than so many times (start + 1)."""
 
@@ -87,6 +89,7 @@ def optimizer_report(entry: Curves, horizon: int) -> OptimizerReport:
         "mean": {str(t): _number(losses[t].mean()) for t in steps},
         "median": {str(t): _number(median(losses[t])) for t in steps},
         "stderr": {str(t): _number(standard_error(losses[t])) for t in steps},
+        "steps_to": {f"{loss:.0e}": _number(median(steps_to(losses, loss))) for loss in LOW_LOSSES},
         "sum_mean": _number(sums.mean()),
         "sum_stderr": _number(standard_error(sums)),
         "num_diverged": diverged[str(steps[-1])],
@@ -117,6 +120,13 @@ def compare(a: Tensor, b: Tensor) -> Comparison:
 def is_above(losses: Tensor, start: Tensor) -> Tensor:
     """Where losses (..., S) are far above their start (S,), or not finite, as curves stay once they are."""
     return has_diverged(losses[None], start, DIVERGED_FACTOR)
+
+
+def steps_to(losses: Tensor, low: float) -> Tensor:
+    """The first inner step at which a loss is ``low`` or lower, (S,), infinite where there is none."""
+    reached = losses <= low
+    first = reached.int().argmax(0).double()
+    return first.masked_fill(~reached.any(0), math.inf)
 
 
 def standard_error(values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The form of ``report.json``, version 1, and its check.
+"""The form of ``report.json``, version 2, and its check.
 
 Numbers that are infinite or do not exist (a mean over tasks of which one went astray, a standard error of
 one task) are null: JSON has no infinity. Statistics by inner step are objects whose keys are inner steps,
@@ -20,7 +20,7 @@ from typing import (
     is_typeddict,
 )
 
-VERSION = 1
+VERSION = 2
 
 Number: TypeAlias = float | None
 """null where it is infinite or does not exist."""
@@ -57,6 +57,9 @@ class OptimizerReport(TypedDict):
     """Median loss over all tasks, by inner step."""
     stderr: dict[str, Number]
     """Standard error of the mean, by inner step."""
+    steps_to: dict[str, Number]
+    """Median over all tasks of the first inner step at which the loss is as low as this or lower; null where
+    half of the tasks never get there. By loss, as text: "1e-06"."""
     sum_mean: Number
     """Mean over tasks of f(θ_1) + … + f(θ_T), T the horizon."""
     sum_stderr: Number

@@ -25,8 +25,8 @@ class Evaluation:
     Args:
         num_tasks: held-out tasks.
         num_tuning_tasks: tasks that baselines are tuned on; none of them is a held-out one.
-        num_reference_tasks: how many of the held-out tasks L-BFGS and conjugate gradients run on, which are
-            slow; 0 leaves them out. Families with minibatches never have them.
+        num_reference_tasks: how many of the held-out tasks BFGS, L-BFGS and conjugate gradients run on, which
+            are slow; 0 leaves them out. Families with minibatches never have them.
         num_shift_tasks: held-out tasks of every shifted distribution.
         num_shift_tuning_tasks: tasks of every shifted distribution that baselines are tuned on.
         inner_steps: length of the run; five horizons if not given.

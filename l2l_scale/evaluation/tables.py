@@ -45,20 +45,31 @@ def losses_table(test: HeldOutReport, horizon: int, every_step: bool) -> Cells:
     steps = [int(step) for step in next(iter(optimizers.values()))["mean"]]
     shown = steps if every_step else sorted({horizon, steps[-1]})
     mine = next(iter(test["paired"]), None)
-    medians = [f"median @{horizon}"] if every_step else []
-    header = ["optimizer", *(f"mean @{t}" for t in shown), *medians, f"sum 1…{horizon}", "diverged", "spiked"]
+    low = _lowest_reached(test)
+    extra = [f"median @{horizon}"] if every_step else []
+    extra += [f"steps to {low}"] if low else []
+    header = ["optimizer", *(f"mean @{t}" for t in shown), *extra, f"sum 1…{horizon}", "diverged", "spiked"]
     if mine is not None:
         header.append("learned lower")
     names = [name for kind in ("learned", "tuned", "reference") for name in by_mean(test, horizon, [kind])]
     rows = [
-        [name, *_cells(optimizers[name], shown, horizon, every_step), *_share(test, mine, name)]
+        [name, *_cells(optimizers[name], shown, horizon, every_step, low), *_share(test, mine, name)]
         for name in names
     ]
     return Cells(header, rows, [optimizers[name]["kind"] == "learned" for name in names])
 
 
-def _cells(entry: OptimizerReport, shown: Sequence[int], horizon: int, with_median: bool) -> list[str]:
-    """Mean losses (with standard error at the horizon), median, sum, diverged, spiked."""
+def _lowest_reached(test: HeldOutReport) -> str:
+    """The lowest of the reported low losses that a rule reaches on half of the tasks."""
+    entries = [entry for entry in test["optimizers"].values() if entry["kind"] != "reference"]
+    reached = [low for entry in entries for low, steps in entry["steps_to"].items() if steps is not None]
+    return min(reached, key=float, default="")
+
+
+def _cells(
+    entry: OptimizerReport, shown: Sequence[int], horizon: int, with_median: bool, low: str
+) -> list[str]:
+    """Mean losses (standard error at the horizon), median, steps to a low loss, sum, diverged, spiked."""
 
     def mean(step: int) -> str:
         error = f" ± {number(entry['stderr'][str(step)], 2)}" if step == horizon else ""
@@ -66,7 +77,13 @@ def _cells(entry: OptimizerReport, shown: Sequence[int], horizon: int, with_medi
 
     counts = [str(entry["num_diverged"]), str(entry["num_spiked"])]
     medians = [number(entry["median"][str(horizon)])] if with_median else []
-    return [*map(mean, shown), *medians, number(entry["sum_mean"]), *counts]
+    steps = [_steps(entry["steps_to"][low])] if low else []
+    return [*map(mean, shown), *medians, *steps, number(entry["sum_mean"]), *counts]
+
+
+def _steps(value: Number) -> str:
+    """A median of inner steps; a dash where half of the tasks never get there."""
+    return "–" if value is None else f"{value:g}"
 
 
 def _share(test: HeldOutReport, mine: str | None, name: str) -> list[str]:

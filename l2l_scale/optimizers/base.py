@@ -46,6 +46,10 @@ class UpdateRule(nn.Module, ABC):
         """The same rule, with the very same φ, for tasks with these parameters; most rules do not ask."""
         return self
 
+    def storage_for(self, size: int) -> str:
+        """How the state of problems of ``size`` coordinates is stored, for the log, if there is a choice."""
+        return ""
+
     def open_window(self, theta: Tensor, state: Tree) -> Tree:
         """The state in the form that the steps of one window work in; most rules have only one form.
 

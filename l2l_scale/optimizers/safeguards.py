@@ -48,9 +48,9 @@ def judge(
 ) -> Trial:
     """Judge a trial point.
 
-    The change of the loss is estimated as ½ (∇f(anchor) + ∇f(trial))ᵀ s, the trapezoidal rule. It is exact for
-    quadratics, and close to where a loss does not change any more it is far more accurate than the difference of
-    two losses (the approximate Wolfe condition of Hager and Zhang 2005 is the same idea).
+    The change of the loss is estimated as ½ (∇f(anchor) + ∇f(trial))ᵀ s, the trapezoidal rule. It is exact
+    for quadratics, and close to where a loss does not change any more it is far more accurate than the
+    difference of two losses (the approximate Wolfe condition of Hager and Zhang 2005 is the same idea).
 
     Rounding of θ alone moves a gradient by eps · steepness · ‖θ‖, and of the sums in it by eps · ‖∇f‖.
 
@@ -81,7 +81,7 @@ def judge(
 
 
 def has_curvature(s: Tensor, y: Tensor, noise: Tensor) -> Tensor:
-    """Whether sᵀy is positive, and more than rounding: the curvature condition of BFGS, in finite precision."""
+    """Whether sᵀy is positive and more than rounding: BFGS's curvature condition, in finite precision."""
     return dot(s, y) > CURVATURE * norm(s) * noise
 
 

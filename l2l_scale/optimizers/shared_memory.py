@@ -146,7 +146,7 @@ class SharedMemory(UpdateRule):
             return DenseMemory(self.initial_memory)
         return WindowedMemory(self.initial_memory, self.window, self.write_heads)
 
-    def describe(self, size: int) -> str:
+    def storage_for(self, size: int) -> str:
         """How the memory of problems of ``size`` coordinates is stored, for the log."""
         if is_dense(self.storage, size, self.max_dense):
             return f"dense shared memory, {size} × {size}"

@@ -75,30 +75,32 @@ class Write(NamedTuple):
 class SteeredMemory(UpdateRule):
     """Quasi-Newton steps from a memory of the rule's own steps s and gradient changes y, steered by an LSTM.
 
-    With M = K + γ P D Pᵀ as in :mod:`quasi_newton`, the trial point is anchor − κ K ∇ − γ P D Pᵀ ∇. At the next
-    gradient the trial is judged (:mod:`safeguards`): the better of the two points becomes the anchor; the part of
-    (s, y) that is conjugate to what is known, or else the pair itself, is written as BFGS writes it if its
-    curvature is more than rounding; γ follows the measured corrections. On quadratics this is conjugate gradients
-    with one gradient per step instead of a line search.
+    With M = K + γ P D Pᵀ as in :mod:`quasi_newton`, the trial point is anchor − κ K ∇ − γ P D Pᵀ ∇. At the
+    next gradient the trial is judged (:mod:`safeguards`): the better of the two points becomes the anchor;
+    the part of (s, y) that is conjugate to what is known, or else the pair itself, is written as BFGS writes
+    it if its curvature is more than rounding; γ follows the measured corrections. On quadratics this is
+    conjugate gradients with one gradient per step instead of a line search.
 
-    The network sees the gradient, s and y relative to their norms, and some numbers of the problem. It sets D,
-    factors on γ and κ, and how pairs are damped: all within bounds, so that it cannot switch the safeguards off.
-    Before training its outputs are near zero, and the rule is the hand-designed method.
+    The network sees the gradient, s and y relative to their norms, and some numbers of the problem. It sets
+    D, factors on γ and κ, and how pairs are damped: all within bounds, so that it cannot switch the
+    safeguards off. Before training its outputs are near zero, and the rule is the hand-designed method.
 
     Args:
         hidden_size: H, units per layer.
         layers: LSTM layers.
         sharing: global averaging cells; 2 per layer if not given.
         first_step: length of the first step relative to the gradient, where training starts; it is learned.
-        newness: share of the curvature sᵀy that must lie in unknown directions for a conjugate pair to be written
-            instead of the pair itself. Low values rest on the memory of a quadratic, high ones renew it.
+        newness: share of the curvature sᵀy that must lie in unknown directions for a conjugate pair to be
+            written instead of the pair itself. Low values rest on the memory of a quadratic, high ones renew
+            it.
         patience: failures in a row after which the memory is cleared.
         freedom: the largest factor by which the network can lengthen or shorten a step.
-        storage: of the memory: "dense" is (N, N), "window" the last pairs; "auto" is dense up to ``max_dense``.
+        storage: of the memory: "dense" is (N, N), "window" the last pairs; "auto" is dense up to
+            ``max_dense``.
         window: pairs that a window holds.
         max_dense: largest N of a dense memory if the storage is "auto".
-        precision: of the memory and of sums over coordinates. "double" costs little for small problems, and in
-            ill-conditioned ones rounding in M is what ends progress; "same" is that of θ.
+        precision: of the memory and of sums over coordinates. "double" costs little for small problems, and
+            in ill-conditioned ones rounding in M is what ends progress; "same" is that of θ.
         forget_bias: initial bias of the forget gates.
         output_scale: factor on the initial weights of the output layer.
         chunk: how many coordinates the network computes at once, to save memory; all if not given.
@@ -159,7 +161,7 @@ class SteeredMemory(UpdateRule):
         dense = is_dense(self.storage, size, self.max_dense)
         return DenseSecantMemory() if dense else WindowedSecantMemory(self.window)
 
-    def describe(self, size: int) -> str:
+    def storage_for(self, size: int) -> str:
         """How the memory of problems of ``size`` coordinates is stored, for the log."""
         if is_dense(self.storage, size, self.max_dense):
             return f"dense quasi-Newton memory, two matrices of {size} × {size}"

@@ -1,4 +1,4 @@
-"""The network that steers a quasi-Newton memory: from observations of the last step to factors on the next."""
+"""The network that steers a quasi-Newton memory: it sees the last step, and scales the next one."""
 
 from __future__ import annotations
 

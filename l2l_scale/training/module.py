@@ -118,7 +118,8 @@ class MetaTraining(L.LightningModule):
         self.family.prepare(self.device)
         self.valid_family.prepare(self.device)
         dtype = torch.float64 if self.trainer.precision == "64-true" else torch.float32
-        self.accelerated = accelerate(self.rule, self.backend, self.device, dtype)
+        rule = self.rule.for_spec(self.family.spec)
+        self.accelerated = accelerate(rule, self.backend, self.device, dtype)
         self.estimator.check_rule(self.accelerated.rule)
 
     def training_step(self, batch: WindowBatch, batch_idx: int) -> dict[str, Any]:

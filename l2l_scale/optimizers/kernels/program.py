@@ -108,8 +108,8 @@ def program_of(rule: UpdateRule) -> Program:
         raise UnsupportedRuleError(f"{type(rule).__name__} has no fused kernel, only CoordinatewiseLSTM has")
     if rule.sharing is not None:
         raise UnsupportedRuleError(
-            "global averaging cells are in no fused kernel: it computes block after block of coordinates, and "
-            "a mean over all of them stands between two layers"
+            "global averaging cells are in no fused kernel: it computes block after block of coordinates, "
+            "and a mean over all of them stands between two layers"
         )
     if rule.hidden_size > MAX_HIDDEN or rule.layers > MAX_LAYERS:
         raise UnsupportedRuleError(

@@ -17,7 +17,7 @@ from l2l_scale.optimizers.quasi_newton import dot, norm, reciprocal
 CURVATURE = 3.0
 """By how many times sᵀy must exceed what rounding can make of it."""
 FORGETTING = 0.95
-"""What is left of the steepness estimate after a step, so that one wild region does not blind it for ever."""
+"""What is left of the steepness estimate after a step that improved: one wild region must not blind it."""
 GROWTH = 4.0
 """Factor on a step that went downhill along a line without measurable curvature."""
 RETREAT = 0.1
@@ -34,7 +34,7 @@ class Trial(NamedTuple):
     y: Tensor
     """Change of the gradient along s."""
     moved: Tensor
-    """Whether there was a step."""
+    """Whether there was a step; a gradient that is not finite says so too."""
     improved: Tensor
     """Whether the loss is lower, as far as two gradients can tell."""
     noise: Tensor
@@ -73,11 +73,11 @@ def judge(
     def rounding(steepness: Tensor) -> Tensor:
         return 0.5 * eps * (steepness * size + norm(at_anchor))
 
-    steepness = FORGETTING * steepness
-    measurable = improved & (change > CURVATURE * rounding(steepness))
-    measured = change * reciprocal(length, length > 0)
-    steepness = torch.where(measurable, torch.maximum(steepness, measured), steepness).detach()
-    return Trial(s, y, length > 0, improved, rounding(steepness).detach(), steepness)
+    # Only where the loss falls is it known that a region is left behind, and that another one was measured.
+    measurable = improved & (change > CURVATURE * rounding(FORGETTING * steepness))
+    measured = (change * reciprocal(length, length > 0)).masked_fill(~measurable, 0.0)
+    steepness = torch.where(improved, torch.maximum(FORGETTING * steepness, measured), steepness).detach()
+    return Trial(s, y, ~finite | (length > 0), improved, rounding(steepness).detach(), steepness)
 
 
 def has_curvature(s: Tensor, y: Tensor, noise: Tensor) -> Tensor:

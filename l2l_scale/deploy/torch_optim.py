@@ -20,9 +20,8 @@ from torch.optim.optimizer import ParamsT
 from l2l_scale.checks import check_positive
 from l2l_scale.deploy.coordinates import Layout, flatten, gradient_of, layout_of, mask, read, write
 from l2l_scale.deploy.files import load_rule
-from l2l_scale.optimizers.backend import Backend, accelerate, check_backend
+from l2l_scale.optimizers.backend import Backend, accelerate, check_backend, check_fusable
 from l2l_scale.optimizers.base import UpdateRule
-from l2l_scale.optimizers.kernels import program_of
 from l2l_scale.tree import Tree, tree_leaves, tree_map, tree_unflatten
 
 
@@ -59,7 +58,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if not isinstance(loaded, UpdateRule):
             raise ValueError(f"rule ({type(rule).__name__}) must be an UpdateRule or the path of a rule file")
         if backend in ("fused", "fused-bf16"):
-            program_of(loaded)  # now rather than at the first step
+            check_fusable(loaded)  # now rather than at the first step
         self.state: defaultdict[Any, Any]
         self.rule = copy.deepcopy(loaded).requires_grad_(False).eval()
         self.backend = backend

@@ -12,7 +12,9 @@ from torch import Tensor
 from l2l_scale.optimizers.base import UpdateRule
 from l2l_scale.optimizers.coordinatewise import CoordinatewiseLSTM
 from l2l_scale.optimizers.fused import FusedRule
-from l2l_scale.optimizers.kernels import KernelUnavailableError, UnsupportedRuleError, make_kernel
+from l2l_scale.optimizers.kernels import KernelUnavailableError, UnsupportedRuleError, make_kernel, program_of
+from l2l_scale.optimizers.kernels.cell import check_cells, fused_cells
+from l2l_scale.optimizers.network_rule import NetworkRule
 from l2l_scale.tree import Tree
 
 _LOG = logging.getLogger(__name__)
@@ -23,7 +25,7 @@ Backend: TypeAlias = Literal["auto", "eager", "compiled", "fused", "fused-bf16"]
 - eager: torch's operations one after the other, differentiated by autograd; the reference.
 - compiled: ``torch.compile`` of one step (CUDA graphs on a GPU); takes from seconds to a minute to compile.
 - fused: one kernel, in C++ on a CPU, in Triton on a GPU. First-order windows run in two phases and keep 29
-  times less than eager.
+  times less than eager. Where coordinates hear of each other, each LSTM layer is a kernel (on a CPU).
 - fused-bf16: as fused, with matrix products in bfloat16 and sums in float32.
 - auto: fused in float32 on a CPU, where there is a kernel for the rule; else eager. On a GPU the kernel has
   to be asked for: it is tested in Triton's interpreter only, and its speed is not known yet.
@@ -84,14 +86,40 @@ def accelerate(rule: UpdateRule, backend: Backend, device: torch.device, dtype: 
     if backend == "auto" and device.type == "cuda":
         return Accelerated(rule, "eager (the GPU kernel is new: backend 'fused' asks for it)")
     try:
-        kernel = make_kernel(rule, device, bf16=backend == "fused-bf16")
+        return _fused(rule, device, bf16=backend == "fused-bf16")
     except (UnsupportedRuleError, KernelUnavailableError) as error:
         if backend != "auto":
             raise
         if isinstance(error, KernelUnavailableError):
             _warn(str(error))
         return Accelerated(rule, f"eager ({error})")
+
+
+def _fused(rule: UpdateRule, device: torch.device, bf16: bool) -> Accelerated:
+    """The rule as one kernel, or else its LSTM layers as a kernel each.
+
+    Raises:
+        UnsupportedRuleError: if no kernel computes it.
+        KernelUnavailableError: if there is none for the device, or it cannot be built here.
+    """
+    if isinstance(rule, NetworkRule) and not is_whole(rule):
+        local = fused_cells(rule.computing, rule.hidden_size, device, bf16)
+        return Accelerated(rule.with_local(local), f"fused LSTM layers ({local.kernel.name})")
+    kernel = make_kernel(rule, device, bf16)
     return Accelerated(FusedRule(cast("CoordinatewiseLSTM", rule), kernel), f"fused ({kernel.name})")
+
+
+def is_whole(rule: UpdateRule) -> bool:
+    """Whether one kernel computes the whole rule: its coordinates do not hear of each other."""
+    return type(rule) is CoordinatewiseLSTM and rule.sharing is None
+
+
+def check_fusable(rule: UpdateRule) -> None:
+    """Raise ``UnsupportedRuleError`` if no kernel computes this rule, whatever the device."""
+    if isinstance(rule, NetworkRule) and not is_whole(rule):
+        check_cells(rule.computing, rule.hidden_size)
+    else:
+        program_of(rule)
 
 
 def _check_precision(rule: UpdateRule, backend: str, dtype: torch.dtype) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, cast
+from typing import Literal, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,10 @@ LSTMState = tuple[Tensor, Tensor]
 
 Mean: TypeAlias = Callable[[Tensor], Tensor]
 """From values of the coordinates (*, N, G) to their mean at each of them, (*, N, G) or (*, 1, G)."""
+
+
+Local: TypeAlias = "Callable[[LSTMCell, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]"
+"""The local part of a layer's step: from a cell, x (*, N, F), h and c (*, N, H) to h and c after the step."""
 
 
 @dataclass(frozen=True)
@@ -129,44 +133,56 @@ class LSTMCell(nn.Module):
         zeros = theta.new_zeros(*theta.shape, self.hidden_size)
         return zeros, zeros
 
-    def forward(
-        self, x: Tensor, state: LSTMState, mean: Mean = mean_of_problem, chunk: int | None = None
-    ) -> LSTMState:
-        """One step.
-
-        Args:
-            x: (*, N, F).
-            state: h and c, each (*, N, H).
-            mean: over which coordinates global cells average.
-            chunk: how many coordinates are computed at once; all if not given. Chunks are computed again in
-                backward, so that their gates need not be kept; means are of all coordinates all the same.
-        """
+    def forward(self, x: Tensor, state: LSTMState, computing: Computing | None = None) -> LSTMState:
+        """One step: x (*, N, F), state (*, N, H)."""
+        how = Computing() if computing is None else computing
         h, c = state
-        if chunk is None or x.shape[-2] <= chunk:
-            h, o, c = self._step(x, h, c)
+        if how.chunk is None or x.shape[-2] <= how.chunk:
+            h, c = how.local(self, x, h, c)
         else:
-            pieces = zip(*(torch.split(part, chunk, dim=-2) for part in (x, h, c)), strict=True)
-            parts = [checkpoint(self._step, *piece, use_reentrant=False) for piece in pieces]
-            h, o, c = (torch.cat(part, dim=-2) for part in zip(*parts, strict=True))
-        return (h, c) if self.sharing is None else self._average(h, o, c, mean, self.sharing.averages)
+            pieces = zip(*(torch.split(part, how.chunk, dim=-2) for part in (x, h, c)), strict=True)
+            parts = [checkpoint(how.local, self, *piece, use_reentrant=False) for piece in pieces]
+            h, c = (torch.cat(part, dim=-2) for part in zip(*parts, strict=True))
+        if self.sharing is None:
+            return h, c
+        if self.sharing.averages == "activation":
+            return self._with_first(h, how.mean(h[..., : self.global_units])), c
+        shared = how.mean(c[..., : self.global_units])
+        gate = self._output_gate(x, state[0])
+        return self._with_first(h, gate * shared.tanh()), self._with_first(c, shared)
 
-    def _step(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The local part: h, the output gate and c of coordinates that do not hear of each other."""
-        weight = torch.cat((self.weight_input, self.weight_hidden), dim=1)
-        gates = F.linear(torch.cat((x, h), dim=-1), weight, self.bias)  # one product is faster than two
-        sigmoids, candidate = torch.split(gates, [3 * self.hidden_size, self.hidden_size], dim=-1)
-        i, f, o = sigmoids.sigmoid().chunk(3, dim=-1)
-        c = f * c + i * candidate.tanh()
-        return o * c.tanh(), o[..., : self.global_units], c
+    def _with_first(self, values: Tensor, shared: Tensor) -> Tensor:
+        """``values`` (*, N, H) with other values of the global units, (*, N, G) or (*, 1, G)."""
+        rest = values[..., self.global_units :]
+        return torch.cat((shared.expand(*values.shape[:-1], self.global_units), rest), dim=-1)
 
-    def _average(self, h: Tensor, o: Tensor, c: Tensor, mean: Mean, averages: str) -> LSTMState:
-        """Give the global units the mean instead of their own values; ``o`` is their output gate."""
-        first, rest = h[..., : self.global_units], h[..., self.global_units :]
-        if averages == "activation":
-            return torch.cat((mean(first).expand_as(first), rest), dim=-1), c
-        shared = mean(c[..., : self.global_units]).expand_as(first)
-        c = torch.cat((shared, c[..., self.global_units :]), dim=-1)
-        return torch.cat((o * shared.tanh(), rest), dim=-1), c
+    def _output_gate(self, x: Tensor, h: Tensor) -> Tensor:
+        """The output gate of the global units, (*, N, G), from h before the step."""
+        rows = slice(2 * self.hidden_size, 2 * self.hidden_size + self.global_units)
+        inputs = F.linear(x, self.weight_input[rows], self.bias[rows])
+        return (inputs + F.linear(h, self.weight_hidden[rows])).sigmoid()
+
+
+def local_step(cell: LSTMCell, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """The step of coordinates that do not hear of each other, op by op."""
+    weight = torch.cat((cell.weight_input, cell.weight_hidden), dim=1)
+    gates = F.linear(torch.cat((x, h), dim=-1), weight, cell.bias)  # one product is faster than two
+    sigmoids, candidate = torch.split(gates, [3 * cell.hidden_size, cell.hidden_size], dim=-1)
+    i, f, o = sigmoids.sigmoid().chunk(3, dim=-1)
+    c = f * c + i * candidate.tanh()
+    return o * c.tanh(), c
+
+
+class Computing(NamedTuple):
+    """How the layers of a network are computed; the result is the same up to rounding, but for the mean."""
+
+    mean: Mean = mean_of_problem
+    """Over which coordinates global cells average."""
+    chunk: int | None = None
+    """How many coordinates are computed at once; all if None. Chunks are computed again in backward, so that
+    their gates need not be kept; means are of all coordinates all the same."""
+    local: Local = local_step
+    """The local part of a step."""
 
 
 class StackedLSTM(nn.Module):
@@ -192,15 +208,11 @@ class StackedLSTM(nn.Module):
         return tuple(cell.init_state(theta) for cell in self._layers())
 
     def forward(
-        self,
-        x: Tensor,
-        state: tuple[LSTMState, ...],
-        mean: Mean = mean_of_problem,
-        chunk: int | None = None,
+        self, x: Tensor, state: tuple[LSTMState, ...], computing: Computing | None = None
     ) -> tuple[Tensor, tuple[LSTMState, ...]]:
         """One step through all layers: the top h (*, N, H), and the new states."""
         new = []
         for cell, own in zip(self._layers(), state, strict=True):
-            x, c = cell(x, own, mean, chunk)
+            x, c = cell(x, own, computing)
             new.append((x, c))
         return x, tuple(new)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
 from l2l_scale.checks import check_count, check_positive, check_range
-from l2l_scale.flat import FlatSpec
-from l2l_scale.optimizers.base import UpdateRule
-from l2l_scale.optimizers.cells import GlobalAveraging, Mean, StackedLSTM, mean_of_problem
+from l2l_scale.optimizers.cells import Computing, GlobalAveraging, StackedLSTM
 from l2l_scale.optimizers.features import Feature, Identity
 from l2l_scale.optimizers.heads import Head, ScaledLinear
+from l2l_scale.optimizers.network_rule import NetworkRule
 from l2l_scale.tree import Tree
 
 
-class CoordinatewiseLSTM(UpdateRule):
+class CoordinatewiseLSTM(NetworkRule):
     """One small LSTM, its weights shared by all coordinates, its state each coordinate's own.
 
     Coordinates hear nothing of each other, unless some cells are global averaging cells ("LSTM+GAC").
@@ -61,20 +58,12 @@ class CoordinatewiseLSTM(UpdateRule):
         self.features = Identity() if features is None else features
         self.head = ScaledLinear() if head is None else head
         self.sharing, self.chunk = sharing, chunk
-        self.mean: Mean = mean_of_problem
+        self.computing = Computing(chunk=chunk)
         self.network = StackedLSTM(self.features.size, hidden_size, layers, forget_bias, sharing)
         self.output = nn.Linear(hidden_size, self.head.size)
         with torch.no_grad():
             self.output.weight *= output_scale
             self.output.bias.zero_()
-
-    def for_spec(self, spec: FlatSpec) -> CoordinatewiseLSTM:
-        """The same rule, whose cells average over these tasks' parameter groups, if they are to do so."""
-        if self.sharing is None:
-            return self
-        bound = copy.copy(self)
-        bound.mean = self.sharing.mean_for(spec)
-        return bound
 
     def init_state(self, theta: Tensor) -> Tree:
         """The states of the features and of the LSTM layers, zero."""
@@ -84,5 +73,5 @@ class CoordinatewiseLSTM(UpdateRule):
         """One inner step, coordinate by coordinate; θ itself is not looked at."""
         feature_state, network_state = state
         features, feature_state = self.features(grad, feature_state)
-        hidden, network_state = self.network(features, network_state, self.mean, self.chunk)
+        hidden, network_state = self.network(features, network_state, self.computing)
         return self.head(self.output(hidden)), (feature_state, network_state)

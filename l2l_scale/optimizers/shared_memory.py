@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from l2l_scale.checks import check_count, check_fraction, check_positive, check_range
-from l2l_scale.flat import FlatSpec
-from l2l_scale.optimizers.base import UpdateRule
-from l2l_scale.optimizers.cells import GlobalAveraging, Mean, StackedLSTM, mean_of_problem
+from l2l_scale.optimizers.cells import Computing, GlobalAveraging, StackedLSTM
 from l2l_scale.optimizers.features import Feature, Identity
 from l2l_scale.optimizers.heads import Head, ScaledLinear
 from l2l_scale.optimizers.memory import (
@@ -22,6 +19,7 @@ from l2l_scale.optimizers.memory import (
     check_storage,
     is_dense,
 )
+from l2l_scale.optimizers.network_rule import NetworkRule
 from l2l_scale.optimizers.quasi_newton import norm
 from l2l_scale.tree import Tree
 
@@ -36,7 +34,7 @@ class SharedMemoryState(NamedTuple):
     """(*, N, R): the last read result, an input of the controller."""
 
 
-class SharedMemory(UpdateRule):
+class SharedMemory(NetworkRule):
     """A controller that acts on every coordinate, and a memory M (N, N) that those of a problem share.
 
     In every inner step each read head emits r per coordinate, and M r goes back into the controller at the
@@ -114,13 +112,13 @@ class SharedMemory(UpdateRule):
         self.hidden_size, self.layers = hidden_size, layers
         self.features = Identity() if features is None else features
         self.head = ScaledLinear() if head is None else head
-        self.sharing = GlobalAveraging() if sharing is None else sharing
+        self.sharing: GlobalAveraging = GlobalAveraging() if sharing is None else sharing
         self.read_heads, self.write_heads = read_heads, write_heads
         self.initial_memory, self.decay, self.normalization = initial_memory, decay, normalization
         self.write_gate, self.gradient_read, self.direct = write_gate, gradient_read, direct
         self.storage, self.window, self.max_dense = storage, window, max_dense
         self.forget_bias, self.output_scale, self.chunk = forget_bias, output_scale, chunk
-        self.mean: Mean = mean_of_problem
+        self.computing = Computing(chunk=chunk)
         inputs = self.features.size + read_heads
         self.network = StackedLSTM(inputs, hidden_size, layers, forget_bias, self.sharing)
         self.output = nn.Linear(hidden_size, sum(self._sizes()))
@@ -133,12 +131,6 @@ class SharedMemory(UpdateRule):
         gates = self.write_heads if self.write_gate else 0
         direct = self.read_heads if self.direct else 0
         return [self.head.size, self.read_heads, self.write_heads, self.write_heads, gates, direct]
-
-    def for_spec(self, spec: FlatSpec) -> SharedMemory:
-        """The same rule, whose cells average over these tasks' parameter groups, if they are to do so."""
-        bound = copy.copy(self)
-        bound.mean = self.sharing.mean_for(spec)
-        return bound
 
     def memory_of(self, size: int) -> Memory:
         """The storage for problems of ``size`` coordinates."""
@@ -166,7 +158,7 @@ class SharedMemory(UpdateRule):
         memory, tree = self.memory_of(grad.shape[-1]), state.memory
         features, feature_state = self.features(grad, state.features)
         inputs = torch.cat((features, state.read), dim=-1)
-        hidden, network_state = self.network(inputs, state.network, self.mean, self.chunk)
+        hidden, network_state = self.network(inputs, state.network, self.computing)
         outputs, r, a, b, gates, direct = self.output(hidden).split(self._sizes(), dim=-1)
         if self.gradient_read:
             r = torch.cat((r[..., :1] + grad.unsqueeze(-1), r[..., 1:]), dim=-1)

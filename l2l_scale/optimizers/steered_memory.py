@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Literal, NamedTuple
 
@@ -10,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from l2l_scale.checks import check_count, check_positive, check_range
-from l2l_scale.flat import FlatSpec
 from l2l_scale.optimizers import safeguards
-from l2l_scale.optimizers.base import UpdateRule
-from l2l_scale.optimizers.cells import GlobalAveraging, Mean, mean_of_problem
+from l2l_scale.optimizers.cells import Computing, GlobalAveraging
 from l2l_scale.optimizers.memory import Storage, check_storage, is_dense
+from l2l_scale.optimizers.network_rule import NetworkRule
 from l2l_scale.optimizers.quasi_newton import (
     DenseSecantMemory,
     SecantMemory,
@@ -72,7 +70,7 @@ class Write(NamedTuple):
     """By which factor the step into new directions should have been longer."""
 
 
-class SteeredMemory(UpdateRule):
+class SteeredMemory(NetworkRule):
     """Quasi-Newton steps from a memory of the rule's own steps s and gradient changes y, steered by an LSTM.
 
     With M = K + γ P D Pᵀ as in :mod:`quasi_newton`, the trial point is anchor − κ K ∇ − γ P D Pᵀ ∇. At the
@@ -140,21 +138,15 @@ class SteeredMemory(UpdateRule):
         if precision not in ("double", "same"):
             raise ValueError(f"precision ({precision!r}) must be 'double' or 'same'")
         self.hidden_size, self.layers = hidden_size, layers
-        self.sharing = GlobalAveraging() if sharing is None else sharing
+        self.sharing: GlobalAveraging = GlobalAveraging() if sharing is None else sharing
         self.first_step, self.newness, self.patience, self.freedom = first_step, newness, patience, freedom
         self.storage, self.window, self.max_dense, self.precision = storage, window, max_dense, precision
         self.forget_bias, self.output_scale, self.chunk = forget_bias, output_scale, chunk
-        self.mean: Mean = mean_of_problem
+        self.computing = Computing(chunk=chunk)
         self.log_first_step = nn.Parameter(torch.tensor(math.log(first_step)))
         self.network = SteeringNetwork(
             _VECTORS, _NUMBERS, hidden_size, layers, self.sharing, freedom, forget_bias, output_scale
         )
-
-    def for_spec(self, spec: FlatSpec) -> SteeredMemory:
-        """The same rule, whose cells average over these tasks' parameter groups, if they are to do so."""
-        bound = copy.copy(self)
-        bound.mean = self.sharing.mean_for(spec)
-        return bound
 
     def memory_of(self, size: int) -> SecantMemory:
         """The storage for problems of ``size`` coordinates."""
@@ -191,9 +183,7 @@ class SteeredMemory(UpdateRule):
         state = self._begin(state, gradient)
         trial = judge(point, gradient, state.anchor, state.gradient, state.steepness, eps)
         write = self._select(memory, state, trial)
-        steering, network = self.network(
-            self._observe(state, trial, write), state.network, self.mean, self.chunk
-        )
+        steering, network = self.network(self._observe(state, trial, write), state.network, self.computing)
         state = self._write(memory, state, trial, write, steering)
         state = self._adapt(memory, state, trial, write)._replace(network=network)
         step = self._step(memory, state, steering)

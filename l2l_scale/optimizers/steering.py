@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from l2l_scale.optimizers.cells import GlobalAveraging, Mean, StackedLSTM
+from l2l_scale.optimizers.cells import Computing, GlobalAveraging, StackedLSTM
 from l2l_scale.optimizers.quasi_newton import norm, reciprocal
 from l2l_scale.tree import Tree
 
@@ -81,13 +81,11 @@ class SteeringNetwork(nn.Module):
         """Zeros."""
         return self.lstm.init_state(theta)
 
-    def forward(
-        self, seen: Observations, state: Tree, mean: Mean, chunk: int | None
-    ) -> tuple[Steering, Tree]:
+    def forward(self, seen: Observations, state: Tree, computing: Computing) -> tuple[Steering, Tree]:
         """One step: what to do, in the precision of the observations, and the new state."""
         work = seen.vectors[0].dtype
         inputs = _inputs(seen).detach().to(self.output.weight.dtype)
-        hidden, state = self.lstm(inputs, state, mean, chunk)
+        hidden, state = self.lstm(inputs, state, computing)
         outputs = self.output(hidden).to(work)
         coordinates = outputs[..., 0]
         explore, trust, conjugate, accept = outputs[..., _COORDINATE_OUTPUTS:].mean(-2).split(1, dim=-1)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from l2l_scale.flat import FlatSpec, Segment
-from l2l_scale.optimizers.cells import GlobalAveraging, LSTMCell, StackedLSTM
+from l2l_scale.optimizers.cells import Computing, GlobalAveraging, LSTMCell, StackedLSTM
 
 
 def reorder(weight):
@@ -192,7 +192,7 @@ def test_coordinates_in_chunks_give_the_same_values_and_derivatives(chunk, avera
     def run(chunk):
         state, outputs = stack.init_state(inputs[0, ..., 0]), []
         for x in inputs:
-            h, state = stack(x, state, chunk=chunk)
+            h, state = stack(x, state, Computing(chunk=chunk))
             outputs.append(h)
         total = torch.stack(outputs).sin().sum()
         return torch.stack(outputs).detach(), torch.autograd.grad(total, list(stack.parameters()))
@@ -215,7 +215,7 @@ def test_gates_of_chunks_are_not_kept_for_backward():
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            result = cell(x, state, chunk=chunk)
+            result = cell(x, state, Computing(chunk=chunk))
         given = {t.untyped_storage().data_ptr() for t in (x, *state, *result, *cell.parameters())}
         return sum(t.untyped_storage().nbytes() for at, t in storages.items() if at not in given)
 

@@ -8,7 +8,7 @@ import torch
 
 from l2l_scale.evaluation import HeldOut, loss_curves
 from l2l_scale.optimizers import SteeredMemory
-from l2l_scale.optimizers.cells import GlobalAveraging, mean_of_problem
+from l2l_scale.optimizers.cells import Computing, GlobalAveraging
 from l2l_scale.optimizers.quasi_newton import norm
 from l2l_scale.optimizers.safeguards import correction, has_curvature, judge
 from l2l_scale.optimizers.steering import Observations, SteeringNetwork
@@ -204,11 +204,11 @@ def test_steering_is_neutral_at_zero_and_bounded_everywhere():
     seen = Observations(
         vectors, (torch.tensor([[1e-20], [0.0], [1e20]]), torch.ones(3, 1)), (torch.ones(3, 1) > 0,)
     )
-    steering, state = network(seen, network.init_state(vectors[0]), mean_of_problem, None)
+    steering, state = network(seen, network.init_state(vectors[0]), Computing())
     assert all(torch.equal(value, torch.ones_like(value)) for value in steering)
     with torch.no_grad():
         network.output.weight.normal_(std=100)
-    steering, _ = network(seen, state, mean_of_problem, None)
+    steering, _ = network(seen, state, Computing())
     for value in steering[:3]:
         assert value.min() >= 0.25 - 1e-6
         assert value.max() <= 4.0 + 1e-6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,10 +49,7 @@ class NativeKernel(Kernel):
     def __init__(self, program: Program, bf16: bool = False) -> None:
         super().__init__(program)
         self.bf16 = bf16
-        if bf16 and instruction_set() != BFLOAT16:
-            raise KernelUnavailableError(
-                f"this CPU ({instruction_set()}) cannot multiply bfloat16 ({BFLOAT16}); use backend 'fused'"
-            )
+        check_products(bf16)
         library()
 
     @property
@@ -109,16 +107,45 @@ class NativeKernel(Kernel):
 
     def _call(self, name: str, work: int, dtype: torch.dtype, *arguments: Tensor | int | None) -> None:
         """Call a function on ``work`` coordinate-steps."""
-        suffix = "bfloat16" if self.bf16 and dtype == torch.float32 else _SUFFIX[dtype]
-        function = getattr(library(), f"l2l_{name}_{suffix}")
-        for argument in arguments:
-            assert not isinstance(argument, Tensor) or (argument.is_contiguous() and argument.dtype == dtype)
-        threads = min(torch.get_num_threads(), 1 + work // _WORK_PER_THREAD)
-        if function(ctypes.byref(self._structure), *map(_argument, arguments), threads):
-            raise MemoryError("the fused kernel's working memory could not be allocated")
+        call(name, self.bf16, work, dtype, (ctypes.byref(self._structure),), *arguments)
 
     def __getstate__(self) -> dict[str, Program | bool]:
         return {"program": self.program, "bf16": self.bf16}  # the structure is made anew in another process
+
+
+def check_products(bf16: bool) -> None:
+    """Raise ``KernelUnavailableError`` if products in bfloat16 are asked for, and the CPU has none."""
+    if bf16 and instruction_set() != BFLOAT16:
+        raise KernelUnavailableError(
+            f"this CPU ({instruction_set()}) cannot multiply bfloat16 ({BFLOAT16}); use backend 'fused'"
+        )
+
+
+def call(
+    name: str,
+    bf16: bool,
+    work: int,
+    dtype: torch.dtype,
+    first: tuple[Any, ...],
+    *arguments: Tensor | int | None,
+) -> None:
+    """Call a function of the C library.
+
+    Args:
+        name: without prefix and suffix.
+        bf16: products in bfloat16 where numbers are float32.
+        work: coordinate-steps, which decide on the number of threads.
+        dtype: of all tensors.
+        first: the leading arguments, as ctypes takes them.
+        arguments: the rest; tensors are passed by address.
+    """
+    suffix = "bfloat16" if bf16 and dtype == torch.float32 else _SUFFIX[dtype]
+    function = getattr(library(), f"l2l_{name}_{suffix}")
+    for argument in arguments:
+        assert not isinstance(argument, Tensor) or (argument.is_contiguous() and argument.dtype == dtype)
+    threads = min(torch.get_num_threads(), 1 + work // _WORK_PER_THREAD)
+    if function(*first, *map(_argument, arguments), threads):
+        raise MemoryError("the fused kernel's working memory could not be allocated")
 
 
 def _argument(argument: Tensor | int | None) -> ctypes.c_void_p | ctypes.c_int64:

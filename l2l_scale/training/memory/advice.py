@@ -83,7 +83,7 @@ def _options(
 
 def _fused(model: MetaTraining, machine: Machine) -> bool:
     try:
-        return choose_kernel(model.rule, "fused", machine.device, machine.dtype)[0] is not None
+        return choose_kernel(model.rule, "fused", machine.device, machine.dtype).program is not None
     except (UnsupportedRuleError, KernelUnavailableError):
         return False
 

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from typing import cast
+from collections.abc import Callable
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.utils.cpp_extension import get_cxx_compiler
 
 from l2l_scale.optimizers import CoordinatewiseLSTM, UpdateRule
-from l2l_scale.optimizers.backend import Accelerated, Backend
+from l2l_scale.optimizers.backend import Accelerated, Backend, is_whole
 from l2l_scale.optimizers.fused import FusedRule
 from l2l_scale.optimizers.kernels import (
     Kernel,
@@ -25,16 +26,26 @@ from l2l_scale.optimizers.kernels import (
     make_kernel,
     program_of,
 )
+from l2l_scale.optimizers.kernels.cell import CellGradient, CellKernel, FusedLocal, check_cells, fused_cells
 from l2l_scale.optimizers.kernels.layout import BLOCK
+from l2l_scale.optimizers.network_rule import NetworkRule
 
 # Coordinate-steps for which sums are kept apart, and how many such parts there are: in cpp/backward.h.
 _PART, _MAX_PARTS, _PARTS_BYTES = 4096, 256, 32 << 20
 
 
-def choose_kernel(
-    rule: UpdateRule, backend: Backend, device: torch.device, dtype: torch.dtype
-) -> tuple[Kernel | None, str]:
-    """What the backend will compute with, None for torch itself; nothing is built. And a word for it.
+class Choice(NamedTuple):
+    """How a run will compute its rule."""
+
+    description: str
+    compute: Callable[[UpdateRule], Accelerated]
+    """The rule as it will be computed, with a hollow kernel where there is one."""
+    program: Program | None = None
+    """Of the whole rule in one kernel, if it is."""
+
+
+def choose_kernel(rule: UpdateRule, backend: Backend, device: torch.device, dtype: torch.dtype) -> Choice:
+    """What the backend will compute with; nothing is built.
 
     Raises:
         UnsupportedRuleError: if a fused backend is asked for and none computes the rule.
@@ -42,24 +53,51 @@ def choose_kernel(
     """
     fused_by_choice = dtype == torch.float32 and device.type == "cpu"  # as `accelerate` chooses
     if backend in ("eager", "compiled") or (backend == "auto" and not fused_by_choice):
-        return None, "eager" if backend != "compiled" else "compiled, counted as eager"
-    compiler = shlex.split(get_cxx_compiler() or "c++")[0]  # type: ignore[no-untyped-call]
+        return _eager("eager" if backend != "compiled" else "compiled, counted as eager")
     try:
-        if device.type == "cpu" and shutil.which(compiler) is not None:
-            return HollowKernel(program_of(rule)), "fused"
-        kernel = make_kernel(rule, device, bf16=backend == "fused-bf16")
-        return HollowKernel(kernel.program, kernel.state_dtype), "fused"
+        if isinstance(rule, NetworkRule) and not is_whole(rule):
+            return _cells(rule, device, backend)
+        return _whole(rule, device, backend)
     except (UnsupportedRuleError, KernelUnavailableError) as error:
         if backend != "auto":
             raise
-        return None, f"eager ({error})"
+        return _eager(f"eager ({error})")
 
 
-def as_computed(kernel: Kernel | None, rule: UpdateRule) -> Accelerated:
-    """The rule as that kernel computes it."""
-    if kernel is None:
-        return Accelerated(rule, "eager")
-    return Accelerated(FusedRule(cast("CoordinatewiseLSTM", rule), kernel), "fused")
+def _eager(description: str) -> Choice:
+    return Choice(description, lambda rule: Accelerated(rule, "eager"))
+
+
+def _can_build(device: torch.device) -> bool:
+    compiler = shlex.split(get_cxx_compiler() or "c++")[0]  # type: ignore[no-untyped-call]
+    return device.type == "cpu" and shutil.which(compiler) is not None
+
+
+def _whole(rule: UpdateRule, device: torch.device, backend: Backend) -> Choice:
+    """The rule as one kernel."""
+    if _can_build(device):
+        kernel = HollowKernel(program_of(rule))
+    else:
+        real = make_kernel(rule, device, bf16=backend == "fused-bf16")
+        kernel = HollowKernel(real.program, real.state_dtype)
+
+    def compute(rule: UpdateRule) -> Accelerated:
+        return Accelerated(FusedRule(cast("CoordinatewiseLSTM", rule), kernel), "fused")
+
+    return Choice("fused", compute, kernel.program)
+
+
+def _cells(rule: NetworkRule, device: torch.device, backend: Backend) -> Choice:
+    """The rule's layers as a kernel each."""
+    check_cells(rule.computing, rule.hidden_size)
+    if not _can_build(device):
+        fused_cells(rule.computing, rule.hidden_size, device, bf16=backend == "fused-bf16")
+
+    def compute(rule: UpdateRule) -> Accelerated:
+        local = FusedLocal(HollowCell())
+        return Accelerated(cast("NetworkRule", rule).with_local(local), "fused LSTM layers")
+
+    return Choice("fused LSTM layers", compute)
 
 
 def workspace_bytes(program: Program, coordinates: int, window: int, dtype: torch.dtype) -> int:
@@ -117,3 +155,22 @@ class HollowKernel(Kernel):
     def window_gradient(self, weights: Tensor, grads: Tensor, loss_weights: Tensor, state: Tensor) -> Tensor:
         """A window's derivative."""
         return torch.empty_like(weights)
+
+
+class HollowCell(CellKernel):
+    """Allocates what a layer's kernel returns, and computes nothing."""
+
+    @property
+    def name(self) -> str:
+        """Hollow."""
+        return "hollow"
+
+    def step(self, weights: Tensor, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """H and c."""
+        return torch.empty_like(h), torch.empty_like(c)
+
+    def step_gradient(
+        self, weights: Tensor, x: Tensor, h: Tensor, c: Tensor, d_h: Tensor, d_c: Tensor
+    ) -> CellGradient:
+        """A step's derivatives."""
+        return CellGradient(*(torch.empty_like(value) for value in (weights, x, h, c)))

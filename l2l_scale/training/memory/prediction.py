@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from l2l_scale.optimizers.backend import Backend
 from l2l_scale.rng import Split
 from l2l_scale.tasks import ImageClassifier
 from l2l_scale.training.data import WindowData
-from l2l_scale.training.memory.hollow import as_computed, choose_kernel, workspace_bytes
+from l2l_scale.training.memory.hollow import choose_kernel, workspace_bytes
 from l2l_scale.training.memory.limits import device_available, host_available, resident_bytes
 from l2l_scale.training.memory.live_bytes import LiveBytes, Place, severity
 from l2l_scale.training.memory.rehearsal import CHECKPOINT, TRAINING, VALIDATION, rehearse
@@ -105,21 +104,21 @@ def predict(
     process = resident_bytes() + FIRST_USE
     backend = model.backend if backend is None else backend
     on_cpu = machine.device.type == "cpu"
-    kernel, description = choose_kernel(model.rule, backend, machine.device, machine.dtype)
+    choice = choose_kernel(model.rule, backend, machine.device, machine.dtype)
     live = LiveBytes(shared=on_cpu)
-    state = rehearse(model, data, partial(as_computed, kernel), machine.dtype, live, machine.world_size)
+    state = rehearse(model, data, choice.compute, machine.dtype, live, machine.world_size)
     parts = Counter({"process itself": process, "data set": decoded})
     if not on_cpu:
         parts[_CONTEXT] = CUDA_CONTEXT["host"]
-    elif kernel is not None:
+    elif choice.program is not None:
         sizes = data.slots * data.family.spec.size, data.schedule.window
-        parts["kernel workspace"] = workspace_bytes(kernel.program, *sizes, machine.dtype)
+        parts["kernel workspace"] = workspace_bytes(choice.program, *sizes, machine.dtype)
     host = _usage(live, "host", parts, state if on_cpu else 0, machine.ranks_per_node, host_available())
     device = None if on_cpu else _device_usage(live, state, machine)
     window = live.peak["host" if on_cpu else "device", TRAINING]
     used = sum(size for tag, size in window.items() if tag.part in ("window", "slots"))
     steps = data.slots * data.family.spec.size * data.schedule.window
-    return Prediction(host, device, description, used / steps)
+    return Prediction(host, device, choice.description, used / steps)
 
 
 def _device_usage(live: LiveBytes, state: int, machine: Machine) -> Usage:

@@ -1,9 +1,7 @@
 // The backward pass of a window for one group of coordinates: recompute its K steps in cache, then go back.
 #pragma once
 
-#include <optional>
-
-#include "window.h"
+#include "parts.h"
 
 namespace l2l {
 
@@ -161,50 +159,19 @@ template <class P> class GroupBackward {
 };
 
 // φ's gradient of a window, and where asked for the adjoints of the state at its start and of its gradients.
-//
-// The sums do not depend on the number of threads: coordinates are dealt to a number of parts that follows from
-// the problem alone, and the parts are added in order. Float sums are short; long ones are kept in double.
 template <class P, class T = typename P::Scalar>
 void backward(const Program& p, const T* flat, const WindowAdjoint<T>& a, int threads) {
   const Weights<P> weights(p, flat, true);
   const int64_t blocks = (a.total + kBlock - 1) / kBlock;
   const size_t size = WeightSums<T>::size(p);
-  const int64_t most = std::clamp<int64_t>((32 << 20) / (size * sizeof(double)), 1, 256);
-  const int parts = int(std::clamp<int64_t>(a.total * a.steps / 4096, 1, most));
-  const int64_t flush_every = std::max<int64_t>(1, 20 / a.steps);
-  std::vector<double> totals(size * parts, 0.0);
-  bool failed = false;
-#pragma omp parallel num_threads(threads) if (threads > 1) reduction(|| : failed)
-  {
-    Arena& arena = thread_arena<T>();
-    failed = !arena.reserve(GroupBackward<P>::bytes(p, a.steps) + Arena::bytes<T>(size));
-    T* sums = arena.take<T>(size);
-    std::optional<GroupBackward<P>> group_backward;
-    if (!failed) {
-      try {
-        group_backward.emplace(p, weights, a, arena);
-      } catch (const std::bad_alloc&) {  // must not leave the thread
-        failed = true;
-      }
-    }
-#pragma omp for schedule(dynamic, 1)
-    for (int part = 0; part < parts; ++part) {
-      const int64_t begin = blocks * part / parts, end = blocks * (part + 1) / parts;
-      double* total = totals.data() + size * part;
-      for (int64_t block = begin; block < end && !failed;) {
-        std::fill_n(sums, size, T(0));
-        for (const int64_t stop = std::min(block + flush_every, end); block < stop; ++block) {
-          for (int offset = 0; offset < kBlock; offset += group<T>) group_backward->run(block, offset, sums);
-        }
-        for (size_t i = 0; i < size; ++i) total[i] += sums[i];
-      }
-    }
-  }
-  if (failed) throw std::bad_alloc();
+  const auto worker = [&](Arena& arena) {
+    return [group_backward = GroupBackward<P>(p, weights, a, arena)](int64_t block, T* sums) mutable {
+      for (int offset = 0; offset < kBlock; offset += group<T>) group_backward.run(block, offset, sums);
+    };
+  };
+  const size_t bytes = GroupBackward<P>::bytes(p, a.steps);
+  const auto totals = sum_parts<T>(divide(a.total, a.steps, size), blocks, size, bytes, threads, worker);
   std::vector<double> result(num_weights(p), 0.0);
-  for (int part = 1; part < parts; ++part) {
-    for (size_t i = 0; i < size; ++i) totals[i] += totals[size * part + i];
-  }
   WeightSums<T>::unpack(p, totals.data(), result.data());
   std::copy(result.begin(), result.end(), a.d_weights);
 }

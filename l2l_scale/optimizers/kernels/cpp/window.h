@@ -71,6 +71,20 @@ template <class T> struct WindowAdjoint {
   T* d_grads;              // (K, M), or null
 };
 
+// Add a layer's sums, (I + H + 1, padded(4H)), to the layout of its weights.
+template <class T, class Sum> void unpack_layer(int inputs, int hidden, const Sum* sums, double* flat) {
+  const int gates = 4 * hidden, rows = inputs + hidden + 1, stride = padded<T>(gates);
+  double *recurrent = flat + gates * inputs, *bias = recurrent + gates * hidden;
+  for (int row = 0; row < rows; ++row) {
+    for (int gate = 0; gate < gates; ++gate) {
+      double& target = row < inputs            ? flat[gate * inputs + row]
+                       : row < inputs + hidden ? recurrent[gate * hidden + row - inputs]
+                                               : bias[gate];
+      target += sums[row * stride + gate];
+    }
+  }
+}
+
 // Sums over coordinates of everything that becomes a weight gradient.
 template <class T> struct WeightSums {
   static size_t layer_size(const Program& p, int l) {
@@ -85,19 +99,9 @@ template <class T> struct WeightSums {
 
   // Add sums in this layout to φ's layout.
   template <class Sum> static void unpack(const Program& p, const Sum* sums, double* flat) {
-    const int hidden = p.hidden_size, gates = 4 * hidden, stride = padded<T>(gates);
+    const int hidden = p.hidden_size;
     for (int l = 0; l < p.layers; ++l) {
-      const int inputs = input_size(p, l), rows = inputs + hidden + 1;
-      double* input = flat + layer_offset(p, l);
-      double *recurrent = input + gates * inputs, *bias = recurrent + gates * hidden;
-      for (int row = 0; row < rows; ++row) {
-        for (int gate = 0; gate < gates; ++gate) {
-          double& target = row < inputs            ? input[gate * inputs + row]
-                           : row < inputs + hidden ? recurrent[gate * hidden + row - inputs]
-                                                   : bias[gate];
-          target += sums[row * stride + gate];
-        }
-      }
+      unpack_layer<T>(input_size(p, l), hidden, sums, flat + layer_offset(p, l));
       sums += layer_size(p, l);
     }
     double* output = flat + output_offset(p);

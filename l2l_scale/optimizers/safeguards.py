@@ -20,6 +20,10 @@ FORGETTING = 0.95
 """What is left of the steepness estimate after a step that improved: one wild region must not blind it."""
 GROWTH = 4.0
 """Factor on a step that went downhill along a line without measurable curvature."""
+MOST_TRUST = 1e3
+"""How far the trust may grow along lines without measurable curvature."""
+DISCREPANCY = 0.05
+"""A pair whose step memory foretells up to this share of it needs not be written."""
 RETREAT = 0.1
 """Factor on steps into unknown directions after one that failed without teaching anything."""
 CORRECTION = (0.1, 10.0)
@@ -92,3 +96,67 @@ def correction(s: Tensor, y: Tensor, at_anchor: Tensor) -> Tensor:
     """
     curvature = dot(s, y)
     return -dot(at_anchor, s) * reciprocal(curvature, curvature > 0)
+
+
+class Offer(NamedTuple):
+    """The pair that a trial offers to the memory."""
+
+    s: Tensor
+    """The part of the trial's s that is conjugate to what is known."""
+    y: Tensor
+    new: Tensor
+    """Whether that part is to be written."""
+    whole: Tensor
+    """Whether the trial's pair is to be written as it is."""
+    scale: Tensor
+    """sᵀy / yᵀy, a step length."""
+    correction: Tensor
+    """By which factor the step into new directions should have been longer."""
+
+
+class Lengths(NamedTuple):
+    """How far the next trial goes."""
+
+    explore: Tensor
+    """γ, the step length in directions of which nothing is known."""
+    trust: Tensor
+    """κ, the share of the quasi-Newton step that is taken in known directions."""
+    failures: Tensor
+    """Trials in a row that did not improve."""
+
+
+def next_lengths(now: Lengths, trial: Trial, offer: Offer, first: Tensor) -> Lengths:
+    """Adapt the lengths to a trial; where there was none, they stay.
+
+    γ follows the root of the measured correction, or grows and shrinks by trial and error where nothing was
+    measured. κ is one as long as all goes well; it is halved where a step failed and taught nothing, and
+    grows beyond one along a line so flat that no change of the gradient can be measured.
+
+    Args:
+        now: the lengths of the trial.
+        trial: the trial.
+        offer: what it offers to the memory.
+        first: where nothing was known before; the pair's own scale is then the best guess of γ.
+    """
+    written, improved = offer.new | offer.whole, trial.improved
+    by_luck = torch.where(improved, GROWTH, RETREAT).to(now.explore)
+    factor = torch.where(offer.new, offer.correction.clamp(*CORRECTION).sqrt(), by_luck)
+    explore = now.explore * torch.where(offer.whole, 1.0, factor)
+    explore = torch.where(offer.new & first, offer.scale, explore).clamp(1e-12, 1e12)
+    measured = written | (norm(trial.y) > CURVATURE * trial.noise)
+    higher = torch.minimum(GROWTH * now.trust, torch.where(measured, 1.0, MOST_TRUST).to(now.trust))
+    lower = torch.where(written, now.trust.clamp(max=1), now.trust / 2)
+    after = Lengths(
+        explore, torch.where(improved, higher, lower), torch.where(improved, 0.0, now.failures + 1)
+    )
+    return Lengths(*(torch.where(trial.moved, new, old) for new, old in zip(after, now, strict=True)))
+
+
+def start_again(lengths: Lengths, where: Tensor, steepness: Tensor) -> Lengths:
+    """Lengths for an empty memory: a step of gradient descent that is safe as far as is known."""
+    safe = reciprocal(steepness, steepness > 0)
+    return Lengths(
+        torch.where(where & (safe > 0), safe, lengths.explore),
+        torch.where(where, 1.0, lengths.trust),
+        lengths.failures.masked_fill(where, 0.0),
+    )

@@ -21,14 +21,19 @@ from l2l_scale.optimizers.quasi_newton import (
     norm,
     reciprocal,
 )
-from l2l_scale.optimizers.safeguards import Trial, correction, has_curvature, judge
+from l2l_scale.optimizers.safeguards import (
+    Lengths,
+    Offer,
+    Trial,
+    correction,
+    has_curvature,
+    judge,
+    next_lengths,
+    start_again,
+)
 from l2l_scale.optimizers.steering import Observations, Steering, SteeringNetwork
 from l2l_scale.tree import Tree
 
-_DISCREPANCY = 0.05
-"""A pair that memory foretells up to this share of s needs not be written."""
-_MAX_TRUST = 1e3
-"""How far κ may grow along lines without measurable curvature."""
 _VECTORS, _NUMBERS = 3, 10
 """What the network sees, see :meth:`SteeredMemory._observe`."""
 
@@ -42,32 +47,12 @@ class SteeredState(NamedTuple):
     """(*, N): the best point so far, from which steps start."""
     gradient: Tensor
     """(*, N): ∇f there."""
-    explore: Tensor
-    """γ, the step length in directions of which nothing is known."""
-    trust: Tensor
-    """κ, the share of the quasi-Newton step that is taken in known directions."""
+    lengths: Lengths
     steepness: Tensor
     directions: Tensor
     """How many directions have become known since the memory was cleared."""
-    failures: Tensor
-    """Trials in a row that did not improve."""
     started: Tensor
     """One, or zero before the first step."""
-
-
-class Write(NamedTuple):
-    """The pair that a trial offers to the memory."""
-
-    s: Tensor
-    y: Tensor
-    new: Tensor
-    """Whether it is the part of the trial's pair that is conjugate to what is known."""
-    whole: Tensor
-    """Whether it is the trial's pair as it is."""
-    scale: Tensor
-    """sᵀy / yᵀy, a step length."""
-    correction: Tensor
-    """By which factor the step into new directions should have been longer."""
 
 
 class SteeredMemory(NetworkRule):
@@ -168,11 +153,9 @@ class SteeredMemory(NetworkRule):
             self.memory_of(theta.shape[-1]).init(work),
             anchor=work,
             gradient=torch.zeros_like(work),
-            explore=zero,
-            trust=zero + 1,
+            lengths=Lengths(explore=zero, trust=zero + 1, failures=zero),
             steepness=zero,
             directions=zero,
-            failures=zero,
             started=zero,
         )
 
@@ -182,103 +165,78 @@ class SteeredMemory(NetworkRule):
         point, gradient = theta.to(state.anchor), grad.to(state.anchor)
         state = self._begin(state, gradient)
         trial = judge(point, gradient, state.anchor, state.gradient, state.steepness, eps)
-        write = self._select(memory, state, trial)
-        steering, network = self.network(self._observe(state, trial, write), state.network, self.computing)
-        state = self._write(memory, state, trial, write, steering)
-        state = self._adapt(memory, state, trial, write)._replace(network=network)
-        step = self._step(memory, state, steering)
+        offer = self._select(memory, state, trial)
+        seen = self._observe(state, trial, offer)
+        steering, network = self.network(seen, state.network, self.computing)
+        state = self._write(memory, state, trial, offer, steering)
+        state = self._adapt(memory, state, trial, offer)._replace(network=network)
         converged = norm(state.gradient) <= trial.noise / 2
-        target = state.anchor - step.masked_fill(converged, 0.0)
-        return (target - point).to(theta.dtype), state._replace(started=torch.ones_like(state.started))
+        step = self._step(memory, state, steering).masked_fill(converged, 0.0)
+        update = (state.anchor - step - point).to(theta.dtype)
+        return update, state._replace(started=torch.ones_like(state.started))
 
     def _begin(self, state: SteeredState, gradient: Tensor) -> SteeredState:
         """At the first step, the gradient is that of the anchor, and the step length is the learned one."""
-        started = state.started > 0
-        first = self.log_first_step.exp().to(gradient)
+        started, first = state.started > 0, self.log_first_step.exp().to(gradient)
+        explore = torch.where(started, state.lengths.explore, first)
         return state._replace(
             gradient=torch.where(started, state.gradient, gradient),
-            explore=torch.where(started, state.explore, first),
+            lengths=state.lengths._replace(explore=explore),
         )
 
-    def _select(self, memory: SecantMemory, state: SteeredState, trial: Trial) -> Write:
+    def _select(self, memory: SecantMemory, state: SteeredState, trial: Trial) -> Offer:
         """What a trial offers to the memory: its part in unknown directions, or all of it, or nothing."""
         s, y = memory.unknown(state.memory, trial.s), memory.unknown_transposed(state.memory, trial.y)
         unknown = state.directions < trial.s.shape[-1]
         share = dot(s, y) > self.newness * dot(trial.s, trial.y)
         new = has_curvature(s, y, trial.noise) & share & unknown
-        surprise = trial.s - self._expected(memory, state, trial.y)
-        surprised = norm(surprise) > _DISCREPANCY * norm(trial.s)
+        surprise = norm(trial.s - self._expected(memory, state, trial.y))
+        surprised = surprise > safeguards.DISCREPANCY * norm(trial.s)
         whole = has_curvature(trial.s, trial.y, trial.noise) & surprised & ~new
         square = dot(y, y)
         scale = dot(s, y) * reciprocal(square, square > 0)
-        return Write(s, y, new, whole, scale, correction(s, y, state.gradient))
+        return Offer(s, y, new, whole, scale, correction(s, y, state.gradient))
 
     def _expected(self, memory: SecantMemory, state: SteeredState, y: Tensor) -> Tensor:
         """The step that memory expects to cause a change y of the gradient, M y."""
         rest = memory.unknown(state.memory, memory.unknown_transposed(state.memory, y))
-        return memory.known(state.memory, y) + state.explore * rest
+        return memory.known(state.memory, y) + state.lengths.explore * rest
 
-    def _observe(self, state: SteeredState, trial: Trial, write: Write) -> Observations:
+    def _observe(self, state: SteeredState, trial: Trial, offer: Offer) -> Observations:
         """What the network sees of a trial."""
-        size, before = norm(state.gradient), norm(trial.y)
-        lengths = (size, before, norm(trial.s), state.explore, state.trust, write.correction, write.scale)
-        return Observations(
-            (state.gradient + trial.y, trial.s, trial.y), lengths, (trial.improved, write.new, write.whole)
-        )
+        vectors = (state.gradient + trial.y, trial.s, trial.y)
+        sizes = (norm(state.gradient), norm(trial.y), norm(trial.s), *state.lengths[:2])
+        flags = (trial.improved, offer.new, offer.whole)
+        return Observations(vectors, (*sizes, offer.correction, offer.scale), flags)
 
     def _write(
-        self, memory: SecantMemory, state: SteeredState, trial: Trial, write: Write, steering: Steering
+        self, memory: SecantMemory, state: SteeredState, trial: Trial, offer: Offer, steering: Steering
     ) -> SteeredState:
         """Write the pair as the network wants it; the anchor moves to the better point."""
-        toward = steering.conjugate * write.new
-        s, y = (raw + toward * (part - raw) for raw, part in ((trial.s, write.s), (trial.y, write.y)))
+        toward = steering.conjugate * offer.new
+        s, y = (raw + toward * (part - raw) for raw, part in ((trial.s, offer.s), (trial.y, offer.y)))
         s = s + (1 - steering.accept) * (self._expected(memory, state, y) - s)
-        where = (write.new | write.whole) & (dot(s, y) > 0)
+        where = (offer.new | offer.whole) & (dot(s, y) > 0)
         return state._replace(
             memory=memory.write(state.memory, s, y, where),
             anchor=torch.where(trial.improved, state.anchor + trial.s, state.anchor),
             gradient=torch.where(trial.improved, state.gradient + trial.y, state.gradient),
         )
 
-    def _adapt(self, memory: SecantMemory, state: SteeredState, trial: Trial, write: Write) -> SteeredState:
-        """Step lengths for the next trial; what failed too often starts again from an empty memory."""
-        written, improved = write.new | write.whole, trial.improved
-        low, high = safeguards.CORRECTION
-        by_luck = torch.where(improved, safeguards.GROWTH, safeguards.RETREAT).to(state.explore)
-        factor = torch.where(write.new, write.correction.clamp(low, high).sqrt(), by_luck)
-        explore = state.explore * torch.where(write.whole, 1.0, factor)
-        explore = torch.where(write.new & (state.directions == 0), write.scale, explore)
-        measured = written | (norm(trial.y) > safeguards.CURVATURE * trial.noise)
-        higher = torch.where(
-            measured,
-            (safeguards.GROWTH * state.trust).clamp(max=1),
-            (safeguards.GROWTH * state.trust).clamp(max=_MAX_TRUST),
-        )
-        lower = torch.where(written, state.trust.clamp(max=1), state.trust / 2)
-        trust = torch.where(improved, higher, lower)
-        failures = torch.where(improved, 0.0, state.failures + 1)
-        explore, trust, failures = (
-            torch.where(trial.moved, new, old)
-            for new, old in (
-                (explore, state.explore),
-                (trust, state.trust),
-                (failures, state.failures),
-            )
-        )
-        directions = state.directions + write.new
-        again = failures >= self.patience
-        safe = reciprocal(trial.steepness, trial.steepness > 0)
+    def _adapt(self, memory: SecantMemory, state: SteeredState, trial: Trial, offer: Offer) -> SteeredState:
+        """Lengths for the next trial; what failed too often starts again from an empty memory."""
+        lengths = next_lengths(state.lengths, trial, offer, state.directions == 0)
+        directions, again = state.directions + offer.new, lengths.failures >= self.patience
         return state._replace(
             memory=memory.clear(state.memory, directions >= trial.s.shape[-1], again),
-            explore=torch.where(again & (safe > 0), safe, explore.clamp(1e-12, 1e12)),
-            trust=torch.where(again, 1.0, trust),
+            lengths=start_again(lengths, again, trial.steepness),
             directions=directions.masked_fill(again, 0.0),
-            failures=failures.masked_fill(again, 0.0),
             steepness=trial.steepness,
         )
 
     def _step(self, memory: SecantMemory, state: SteeredState, steering: Steering) -> Tensor:
         """κ K ∇ + γ P D Pᵀ ∇ at the anchor."""
-        known = state.trust * steering.trust * memory.known(state.memory, state.gradient)
+        known = state.lengths.trust * steering.trust * memory.known(state.memory, state.gradient)
         rest = steering.coordinates * memory.unknown_transposed(state.memory, state.gradient)
-        return known + state.explore * steering.explore * memory.unknown(state.memory, rest)
+        explore = state.lengths.explore * steering.explore
+        return known + explore * memory.unknown(state.memory, rest)

@@ -13,6 +13,7 @@ from torch import Tensor
 from l2l_scale.checks import check_count, check_positive
 from l2l_scale.flat import FlatSpec
 from l2l_scale.tasks.base import Arrays, TaskFamily, Tensors
+from l2l_scale.tasks.test_functions import haar_orthogonal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +22,11 @@ class Quadratic(TaskFamily):
 
     Args:
         dimension: number of coordinates.
-        distribution: "normal", entries of W and y iid N(0, 1) as in the paper; or "uniform", iid U[0, 1)
-            as in the authors' released code.
+        distribution: "normal", entries of W and y iid N(0, 1) as in the paper; "uniform", iid U[0, 1) as in
+            the authors' released code; or "decaying": y normal, and W of random (Haar) singular vectors with
+            singular values that fall geometrically.
+        decades: for "decaying", by how many powers of ten the eigenvalues of WᵀW fall from the first to the
+            last, so that its condition number is 10^decades.
         w_scale: factor on W.
         y_scale: factor on y.
         theta0_scale: standard deviation of the start point, N(0, theta0_scale²); the released code has 0.01.
@@ -32,7 +36,8 @@ class Quadratic(TaskFamily):
     """
 
     dimension: int = 10
-    distribution: Literal["normal", "uniform"] = "normal"
+    distribution: Literal["normal", "uniform", "decaying"] = "normal"
+    decades: float = 4.0
     w_scale: float = 1.0
     y_scale: float = 1.0
     theta0_scale: float = 0.01
@@ -42,8 +47,11 @@ class Quadratic(TaskFamily):
         check_positive("w_scale", self.w_scale)
         check_positive("y_scale", self.y_scale, zero=True)
         check_positive("theta0_scale", self.theta0_scale, zero=True)
-        if self.distribution not in ("normal", "uniform"):
-            raise ValueError(f"distribution ({self.distribution!r}) must be 'normal' or 'uniform'")
+        check_positive("decades", self.decades, zero=True)
+        if self.distribution not in ("normal", "uniform", "decaying"):
+            raise ValueError(
+                f"distribution ({self.distribution!r}) must be 'normal', 'uniform' or 'decaying'"
+            )
 
     @cached_property
     def spec(self) -> FlatSpec:
@@ -52,9 +60,16 @@ class Quadratic(TaskFamily):
 
     def sample_task(self, rng: np.random.Generator) -> Arrays:
         """Draw W (D, D) and y (D,)."""
-        draw = rng.standard_normal if self.distribution == "normal" else rng.random
+        draw = rng.random if self.distribution == "uniform" else rng.standard_normal
         d = self.dimension
-        return {"w": self.w_scale * draw((d, d)), "y": self.y_scale * draw(d)}
+        w = self._decaying(rng) if self.distribution == "decaying" else draw((d, d))
+        return {"w": self.w_scale * w, "y": self.y_scale * draw(d)}
+
+    def _decaying(self, rng: np.random.Generator) -> np.ndarray:
+        """Draw W with singular values from 1 down to 10^(−decades / 2), (D, D)."""
+        values = 10.0 ** np.linspace(0, -self.decades / 2, self.dimension)
+        left, right = haar_orthogonal(rng, self.dimension), haar_orthogonal(rng, self.dimension)
+        return (left * values) @ right
 
     def sample_init(self, rng: np.random.Generator, task: Arrays) -> np.ndarray:
         """Draw θ0 ~ N(0, theta0_scale²)."""

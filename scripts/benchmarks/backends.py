@@ -35,10 +35,23 @@ COSTS = {
     "peer": Cost(350e3, 1500),
     "jax-plain": Cost(350e3, 2300, 6),
     "jax-tuned": Cost(800e3, 500, 6),
+    "eager-gac": Cost(400e3, 2000),
+    "fused-gac": Cost(600e3, 900),
+    "eager-ntm": Cost(300e3, 3000),
+    "fused-ntm": Cost(400e3, 2000),
+    "fused-steered": Cost(100e3, 3000),
 }
-FULL = tuple(name for name in COSTS if name != "compiled-true")
+RULES = ("gac", "ntm", "steered")
+"""What a name ends with that computes another rule than the coordinatewise LSTM: one whose coordinates hear
+of each other. Measured when asked for."""
+FULL = tuple(name for name in COSTS if name != "compiled-true" and not name.endswith(RULES))
 LARGE = tuple(name for name in FULL if not name.endswith("-true") and name != "jax-plain")
 SWEPT = ("eager", "fused")
+
+
+def rule_of(backend: str) -> str:
+    """Which rule a backend computes: one of :data:`RULES`, or "lstm"."""
+    return next((rule for rule in RULES if backend.endswith(f"-{rule}")), "lstm")
 
 
 class Entrant(NamedTuple):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import sizes
-from backends import Entrant
+from backends import RULES, Entrant, rule_of
 from children import Child, Repetition, UnavailableError, available_bytes
 
 MOST_ROUNDS = 5
@@ -220,15 +220,19 @@ class Race:
 
 
 def check_agreement(results: Results) -> None:
-    """All must start from the same meta-loss, else they are no peers.
+    """All that compute one rule must start from the same meta-loss, else they are no peers.
 
     Raises:
         SystemExit: with all meta-losses, if not.
     """
-    losses = {entrant: result.first.loss for entrant, result in results.items() if result.first is not None}
-    middle = statistics.median_low(losses.values()) if losses else 0.0
-    for entrant, loss in losses.items():
-        tolerance = _TOLERANCE_BF16 if "bf16" in entrant.backend else _TOLERANCE
-        if not math.isclose(loss, middle, rel_tol=tolerance):
-            values = ", ".join(f"{other.label}: {value:.8g}" for other, value in losses.items())
-            raise SystemExit(f"error: the backends start from different meta-losses, so no peers: {values}")
+    started = {entrant: result.first.loss for entrant, result in results.items() if result.first is not None}
+    for rule in ("lstm", *RULES):
+        losses = {entrant: loss for entrant, loss in started.items() if rule_of(entrant.backend) == rule}
+        middle = statistics.median_low(losses.values()) if losses else 0.0
+        for entrant, loss in losses.items():
+            tolerance = _TOLERANCE_BF16 if "bf16" in entrant.backend else _TOLERANCE
+            if not math.isclose(loss, middle, rel_tol=tolerance):
+                values = ", ".join(f"{other.label}: {value:.8g}" for other, value in losses.items())
+                raise SystemExit(
+                    f"error: the backends start from different meta-losses, so no peers: {values}"
+                )

@@ -11,12 +11,21 @@ from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
 import torch
+from backends import rule_of
 from eager_peer import LOG_SCALE, OUTPUT_SCALE, EagerLSTM, meta_loss
 from torch import Tensor
 from workloads import Workload
 
 from l2l_scale.estimators import TruncatedBPTT
-from l2l_scale.optimizers import CoordinatewiseLSTM, LogSign, ScaledLinear
+from l2l_scale.optimizers import (
+    CoordinatewiseLSTM,
+    GlobalAveraging,
+    LogSign,
+    ScaledLinear,
+    SharedMemory,
+    SteeredMemory,
+    UpdateRule,
+)
 from l2l_scale.optimizers.backend import Backend, accelerate
 from l2l_scale.tree import tree_detach
 from l2l_scale.unroll import Carry, begin
@@ -42,8 +51,20 @@ def make(backend: str, workload: Workload) -> Method:
     """The method of a backend; all start with the same φ."""
     if backend == "peer":
         return Peer(workload, first_weights())
-    name = cast("Backend", backend.removesuffix(TRUE))
-    return Training(workload, first_weights(), name, second_order=backend.endswith(TRUE))
+    name, rule = backend.removesuffix(TRUE), rule_of(backend)
+    name = cast("Backend", name.removesuffix(f"-{rule}"))
+    return Training(workload, make_rule(rule), name, second_order=backend.endswith(TRUE))
+
+
+def make_rule(name: str) -> UpdateRule:
+    """A rule of its first φ: the peer's LSTM, or one whose coordinates hear of each other."""
+    if name == "lstm":
+        return rule_like(first_weights())
+    torch.manual_seed(0)
+    features, head = LogSign(LOG_SCALE), ScaledLinear(OUTPUT_SCALE)
+    if name == "gac":
+        return CoordinatewiseLSTM(features=features, head=head, sharing=GlobalAveraging())
+    return SharedMemory(features=features, head=head) if name == "ntm" else SteeredMemory()
 
 
 def first_weights() -> EagerLSTM:
@@ -91,8 +112,8 @@ class Peer:
 class Training:
     """The calls that ``MetaTraining.training_step`` makes."""
 
-    def __init__(self, workload: Workload, peer: EagerLSTM, backend: Backend, second_order: bool) -> None:
-        self.workload, self.rule = workload, rule_like(peer)
+    def __init__(self, workload: Workload, rule: UpdateRule, backend: Backend, second_order: bool) -> None:
+        self.workload, self.rule = workload, rule
         self.estimator = TruncatedBPTT(second_order)
         # With the restart of slots as in training; in this first window all slots start, every time.
         self.carry: Carry | None = None

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-_COLOURS = dict(zip(COSTS, plt.get_cmap("tab10").colors, strict=True))
+_COLOURS = dict(zip(COSTS, plt.get_cmap("tab20").colors, strict=False))
 _MARKERS = "os^Dv*PX"
 _SWEEPS = {"N": "coordinates of one task", "S": "tasks of 10 coordinates"}
 

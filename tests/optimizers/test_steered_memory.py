@@ -138,7 +138,7 @@ def test_a_gradient_that_is_not_finite_sends_it_back_to_the_anchor():
     assert update.isfinite().all()
     assert torch.equal(state.anchor, states[-1].anchor)
     assert all(leaf.isfinite().all() for leaf in tree_leaves(state))
-    assert state.failures.item() == 1
+    assert state.lengths.failures.item() == 1
 
 
 def test_the_memory_is_cleared_after_so_many_failures_in_a_row():
@@ -150,7 +150,7 @@ def test_the_memory_is_cleared_after_so_many_failures_in_a_row():
     for failure in range(1, 4):
         update, state = rule(torch.full((1, 4), math.inf).double(), theta, state)
         theta = theta + update + 0.1  # every trial is another point
-        assert state.failures.item() == failure % 3
+        assert state.lengths.failures.item() == failure % 3
     assert state.directions.item() == 0
     assert not rule.memory_of(4).known(state.memory, torch.ones(1, 4).double()).any()
 

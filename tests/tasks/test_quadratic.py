@@ -106,3 +106,19 @@ def test_equal_settings_are_one_key():
 def test_bad_settings_are_refused_by_name_and_value(argument, value):
     with pytest.raises(ValueError, match=rf"{argument} \('?{value}'?\) must be"):
         Quadratic(**{argument: value})
+
+
+@pytest.mark.parametrize(("dimension", "decades"), [(1, 4.0), (20, 4.0), (100, 6.0), (5, 0.0)])
+def test_decaying_eigenvalues_fall_geometrically_by_so_many_decades(dimension, decades):
+    family = Quadratic(dimension=dimension, distribution="decaying", decades=decades, w_scale=3.0)
+    w = family.sample_task(rng())["w"]
+    eigenvalues = np.linalg.svd(w, compute_uv=False) ** 2
+    assert eigenvalues[0] == pytest.approx(9.0, rel=1e-10)
+    steps = np.diff(np.log10(eigenvalues))
+    assert np.abs(steps + decades / max(dimension - 1, 1)).max(initial=0) <= 1e-6
+    assert np.abs(family.sample_task(rng(1))["w"] - w).max() > 0.1
+
+
+def test_decades_must_not_be_negative():
+    with pytest.raises(ValueError, match=r"decades \(-1\) must be a finite number >= 0"):
+        Quadratic(distribution="decaying", decades=-1)

@@ -69,7 +69,8 @@ class Quadratic(TaskFamily):
         """Draw W with singular values from 1 down to 10^(−decades / 2), (D, D)."""
         values = 10.0 ** np.linspace(0, -self.decades / 2, self.dimension)
         left, right = haar_orthogonal(rng, self.dimension), haar_orthogonal(rng, self.dimension)
-        return (left * values) @ right
+        w: np.ndarray = (left * values) @ right
+        return w
 
     def sample_init(self, rng: np.random.Generator, task: Arrays) -> np.ndarray:
         """Draw θ0 ~ N(0, theta0_scale²)."""

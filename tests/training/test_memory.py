@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from l2l_scale.estimators import TruncatedBPTT
-from l2l_scale.optimizers import CoordinatewiseLSTM, UpdateRule
+from l2l_scale.optimizers import CoordinatewiseLSTM, SharedMemory, UpdateRule
 from l2l_scale.optimizers.backend import accelerate
 from l2l_scale.optimizers.kernels import UnsupportedRuleError
 from l2l_scale.rng import Split
@@ -41,6 +41,21 @@ def experiment(family=None, backend="fused", second_order=False, **data):
 
 def window_bytes(**settings) -> float:
     return predict(*experiment(**settings), CPU).window_per_coordinate_step
+
+
+def test_a_rule_whose_layers_are_kernels_is_rehearsed_as_such():
+    torch.manual_seed(0)
+    family = Quadratic(dimension=500)
+    data = WindowData(family, slots=4, valid_tasks=1)
+    predictions = {
+        backend: predict(MetaTraining(SharedMemory(), family, backend=backend), data, CPU)
+        for backend in ("auto", "fused", "eager")
+    }
+    assert predictions["auto"].backend == predictions["fused"].backend == "fused LSTM layers"
+    held = {backend: one.window_per_coordinate_step for backend, one in predictions.items()}
+    assert held["auto"] == held["fused"] < 0.8 * held["eager"]
+    chunked = MetaTraining(SharedMemory(chunk=100), family)
+    assert predict(chunked, data, CPU).backend.startswith("eager (chunk (100) must be left out")
 
 
 def test_counts_what_is_alive_and_the_most_of_it():

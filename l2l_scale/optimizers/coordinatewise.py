@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from l2l_scale.checks import check_count, check_positive, check_range
 from l2l_scale.optimizers.cells import Computing, GlobalAveraging, StackedLSTM
 from l2l_scale.optimizers.features import Feature, Identity
 from l2l_scale.optimizers.heads import Head, ScaledLinear
-from l2l_scale.optimizers.network_rule import NetworkRule
+from l2l_scale.optimizers.network_rule import NetworkRule, check_network, output_layer
 from l2l_scale.tree import Tree
 
 
@@ -47,12 +45,7 @@ class CoordinatewiseLSTM(NetworkRule):
         chunk: int | None = None,
     ) -> None:
         super().__init__()
-        check_count("hidden_size", hidden_size)
-        check_count("layers", layers)
-        if chunk is not None:
-            check_count("chunk", chunk)
-        check_positive("output_scale", output_scale, zero=True)
-        check_range("forget_bias", forget_bias, -100, 100)
+        check_network(hidden_size, layers, forget_bias, output_scale, chunk)
         self.hidden_size, self.layers = hidden_size, layers
         self.forget_bias, self.output_scale = forget_bias, output_scale
         self.features = Identity() if features is None else features
@@ -60,10 +53,7 @@ class CoordinatewiseLSTM(NetworkRule):
         self.sharing, self.chunk = sharing, chunk
         self.computing = Computing(chunk=chunk)
         self.network = StackedLSTM(self.features.size, hidden_size, layers, forget_bias, sharing)
-        self.output = nn.Linear(hidden_size, self.head.size)
-        with torch.no_grad():
-            self.output.weight *= output_scale
-            self.output.bias.zero_()
+        self.output = output_layer(hidden_size, self.head.size, output_scale)
 
     def init_state(self, theta: Tensor) -> Tree:
         """The states of the features and of the LSTM layers, zero."""

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from l2l_scale.checks import check_count
 from l2l_scale.tree import Tree
 
 Storage: TypeAlias = Literal["auto", "dense", "window"]
@@ -125,7 +126,9 @@ def is_dense(storage: Storage, size: int, max_dense: int) -> bool:
     return storage == "dense" or (storage == "auto" and size <= max_dense)
 
 
-def check_storage(storage: str) -> None:
-    """Raise ``ValueError`` unless there is such a storage."""
+def check_storage(storage: str, window: int, max_dense: int) -> None:
+    """Raise ``ValueError`` unless there is such a storage, and its sizes are whole numbers of at least 1."""
+    check_count("window", window)
+    check_count("max_dense", max_dense)
     if storage not in ("auto", "dense", "window"):
         raise ValueError(f"storage ({storage!r}) must be 'auto', 'dense' or 'window'")

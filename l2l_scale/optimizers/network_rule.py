@@ -6,6 +6,10 @@ import copy
 from abc import ABC
 from typing import TypeVar
 
+import torch
+from torch import nn
+
+from l2l_scale.checks import check_count, check_positive, check_range
 from l2l_scale.flat import FlatSpec
 from l2l_scale.optimizers.base import UpdateRule
 from l2l_scale.optimizers.cells import Computing, GlobalAveraging, Local
@@ -42,3 +46,24 @@ class NetworkRule(UpdateRule, ABC):
         if self.sharing is None:
             return self
         return self.computed(self.computing._replace(mean=self.sharing.mean_for(spec)))
+
+
+def check_network(
+    hidden_size: int, layers: int, forget_bias: float, output_scale: float, chunk: int | None
+) -> None:
+    """Raise ``ValueError`` unless a network can be made with these arguments."""
+    check_count("hidden_size", hidden_size)
+    check_count("layers", layers)
+    check_range("forget_bias", forget_bias, -100, 100)
+    check_positive("output_scale", output_scale, zero=True)
+    if chunk is not None:
+        check_count("chunk", chunk)
+
+
+def output_layer(hidden_size: int, outputs: int, scale: float) -> nn.Linear:
+    """From hidden units to outputs, torch's initial weights times ``scale``, and no initial bias."""
+    layer = nn.Linear(hidden_size, outputs)
+    with torch.no_grad():
+        layer.weight *= scale
+        layer.bias.zero_()
+    return layer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from l2l_scale.checks import check_count, check_fraction, check_positive, check_range
 from l2l_scale.optimizers.cells import Computing, GlobalAveraging, StackedLSTM
@@ -19,7 +19,7 @@ from l2l_scale.optimizers.memory import (
     check_storage,
     is_dense,
 )
-from l2l_scale.optimizers.network_rule import NetworkRule
+from l2l_scale.optimizers.network_rule import NetworkRule, check_network, output_layer
 from l2l_scale.optimizers.quasi_newton import norm
 from l2l_scale.tree import Tree
 
@@ -96,17 +96,14 @@ class SharedMemory(NetworkRule):
         chunk: int | None = None,
     ) -> None:
         super().__init__()
-        counts = {"hidden_size": hidden_size, "layers": layers, "window": window, "max_dense": max_dense}
-        heads = {"read_heads": read_heads, "write_heads": write_heads}
-        for name, value in {**counts, **heads, **({} if chunk is None else {"chunk": chunk})}.items():
-            check_count(name, value)
+        check_network(hidden_size, layers, forget_bias, output_scale, chunk)
+        check_storage(storage, window, max_dense)
+        check_count("read_heads", read_heads)
+        check_count("write_heads", write_heads)
         check_range("initial_memory", initial_memory, -1e6, 1e6)
         if decay != 1:
             check_fraction("decay", decay)
         check_positive("direct", direct, zero=True)
-        check_positive("output_scale", output_scale, zero=True)
-        check_range("forget_bias", forget_bias, -100, 100)
-        check_storage(storage)
         if normalization not in ("none", "mean", "unit"):
             raise ValueError(f"normalization ({normalization!r}) must be 'none', 'mean' or 'unit'")
         self.hidden_size, self.layers = hidden_size, layers
@@ -121,10 +118,7 @@ class SharedMemory(NetworkRule):
         self.computing = Computing(chunk=chunk)
         inputs = self.features.size + read_heads
         self.network = StackedLSTM(inputs, hidden_size, layers, forget_bias, self.sharing)
-        self.output = nn.Linear(hidden_size, sum(self._sizes()))
-        with torch.no_grad():
-            self.output.weight *= output_scale
-            self.output.bias.zero_()
+        self.output = output_layer(hidden_size, sum(self._sizes()), output_scale)
 
     def _sizes(self) -> list[int]:
         """How the linear outputs of a coordinate are divided: update, r, a, b, write gates, direct gates."""

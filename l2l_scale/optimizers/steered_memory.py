@@ -12,7 +12,7 @@ from l2l_scale.checks import check_count, check_positive, check_range
 from l2l_scale.optimizers import safeguards
 from l2l_scale.optimizers.cells import Computing, GlobalAveraging
 from l2l_scale.optimizers.memory import Storage, check_storage, is_dense
-from l2l_scale.optimizers.network_rule import NetworkRule
+from l2l_scale.optimizers.network_rule import NetworkRule, check_network
 from l2l_scale.optimizers.quasi_newton import (
     DenseSecantMemory,
     SecantMemory,
@@ -110,16 +110,12 @@ class SteeredMemory(NetworkRule):
         chunk: int | None = None,
     ) -> None:
         super().__init__()
-        counts = {"hidden_size": hidden_size, "layers": layers, "patience": patience}
-        sizes = {"window": window, "max_dense": max_dense, **({} if chunk is None else {"chunk": chunk})}
-        for name, value in {**counts, **sizes}.items():
-            check_count(name, value)
+        check_network(hidden_size, layers, forget_bias, output_scale, chunk)
+        check_storage(storage, window, max_dense)
+        check_count("patience", patience)
         check_positive("first_step", first_step)
         check_range("newness", newness, 0, 1)
         check_range("freedom", freedom, 1, 100)
-        check_positive("output_scale", output_scale, zero=True)
-        check_range("forget_bias", forget_bias, -100, 100)
-        check_storage(storage)
         if precision not in ("double", "same"):
             raise ValueError(f"precision ({precision!r}) must be 'double' or 'same'")
         self.hidden_size, self.layers = hidden_size, layers

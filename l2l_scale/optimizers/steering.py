@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from l2l_scale.optimizers.cells import Computing, GlobalAveraging, StackedLSTM
+from l2l_scale.optimizers.network_rule import output_layer
 from l2l_scale.optimizers.quasi_newton import norm, reciprocal
 from l2l_scale.tree import Tree
 
@@ -72,10 +73,7 @@ class SteeringNetwork(nn.Module):
         super().__init__()
         self.log_freedom = math.log(freedom)
         self.lstm = StackedLSTM(vectors + numbers, hidden_size, layers, forget_bias, sharing)
-        self.output = nn.Linear(hidden_size, _COORDINATE_OUTPUTS + _PROBLEM_OUTPUTS)
-        with torch.no_grad():
-            self.output.weight *= output_scale
-            self.output.bias.zero_()
+        self.output = output_layer(hidden_size, _COORDINATE_OUTPUTS + _PROBLEM_OUTPUTS, output_scale)
 
     def init_state(self, theta: Tensor) -> Tree:
         """Zeros."""

@@ -137,4 +137,4 @@ def test_size_decides_between_the_storages_unless_told_otherwise():
     assert is_dense("dense", 10**6, 256)
     assert not is_dense("window", 2, 256)
     with pytest.raises(ValueError, match=r"storage \('sparse'\) must be 'auto', 'dense' or 'window'"):
-        check_storage("sparse")
+        check_storage("sparse", 1, 1)

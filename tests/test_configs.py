@@ -30,6 +30,8 @@ TINY_EVALUATION = [
         "2",
         "--evaluation.inner_steps",
         "100",
+        "--evaluation.shift_inner_steps",
+        "100",
         "--evaluation.num_workers",
         "1",
     ),

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from l2l_scale.evaluation.report import Curves
 
-LEARNED_COLOURS = ("#d1203f", "#8a1c7c", "#e0701a")
+LEARNED_COLOURS = ("#d1203f", "#8a1c7c", "#e0701a", "#0b7a75", "#3d348b", "#b8860b")
 TUNED_COLOURS = (
     "#1f77b4", "#2a9d6f", "#8c6d31", "#7a68c9", "#17a2b8", "#5b7f2b",
     "#4a5a78", "#b0589c", "#9c9ede", "#6baed6", "#a8a052", "#74c476",
@@ -94,7 +94,7 @@ def _lines(curves: Mapping[str, Curves]) -> list[Line]:
 
 def _style(kind: str, i: int) -> dict[str, Any]:
     if kind == "learned":
-        return {"color": LEARNED_COLOURS[i % 3], "linewidth": 3.2, "zorder": 4.0}
+        return {"color": LEARNED_COLOURS[i % len(LEARNED_COLOURS)], "linewidth": 3.2, "zorder": 4.0}
     if kind == "reference":
         return {"color": REFERENCE_COLOURS[i % 3], "linewidth": 1.6, "linestyle": ":", "zorder": 3.0}
     dashed = i >= len(TUNED_COLOURS)

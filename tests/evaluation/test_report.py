@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,14 @@ from torch import Tensor
 from l2l_scale.evaluation import Evaluation, evaluate, tune_baselines, validate
 from l2l_scale.evaluation.curves import HeldOut, loss_curves
 from l2l_scale.evaluation.plots import finite_mean, plot_curves
-from l2l_scale.evaluation.report import Curves, compare, optimizer_report, paired_report, summarise
+from l2l_scale.evaluation.report import (
+    Curves,
+    compare,
+    optimizer_report,
+    paired_report,
+    steps_to,
+    summarise,
+)
 from l2l_scale.evaluation.tables import losses_table, markdown, number, shifts_table, verdict
 from l2l_scale.optimizers import CoordinatewiseLSTM, UpdateRule
 from l2l_scale.optimizers.classic import SGD
@@ -319,3 +327,23 @@ def test_mistakes_in_the_call_are_named() -> None:
         evaluate({"LSTM": lstm()}, FAMILY, 30, SMALL, silent=True)
     with pytest.raises(ValueError, match="the learned rule 'Adam' has the name of a baseline"):
         evaluate({"Adam": lstm()}, FAMILY, 10, SMALL, silent=True)
+
+
+def test_steps_to_a_low_loss() -> None:
+    losses = torch.tensor([[9.0, 9.0, 1e-7], [1e-3, 9.0, 1.0], [1e-6, 1e-5, 1.0], [1.0, 1e-7, 1.0]])
+    assert steps_to(losses, 1e-6).tolist() == [2.0, 3.0, 0.0]
+    assert steps_to(losses, 1e-8).tolist() == [math.inf] * 3
+    report = optimizer_report(learned(losses), 3)
+    assert report["steps_to"] == {"1e-02": 1.0, "1e-04": 2.0, "1e-06": 2.0}
+    half = torch.tensor([[1.0, 1.0], [1e-7, 1.0]])
+    assert optimizer_report(learned(half), 1)["steps_to"]["1e-06"] is None
+
+
+def test_tables_show_steps_to_the_lowest_loss_that_a_rule_reaches() -> None:
+    curves = {"LSTM": learned(torch.tensor([[1.0], [1e-3], [1e-5]])), "CG": learned(torch.ones(3, 1))}
+    curves["CG"] = curves["CG"]._replace(kind="reference", losses=torch.tensor([[1.0], [1e-9], [1e-9]]))
+    table = losses_table(summarise(FAMILY, 1, 2, curves), 2, every_step=False)
+    column = table.header.index("steps to 1e-04")
+    assert [row[column] for row in table.rows] == ["2", "1"]
+    never = losses_table(summarise(FAMILY, 1, 2, {"LSTM": learned(torch.ones(3, 1))}), 2, every_step=False)
+    assert not any("steps to" in title for title in never.header)

@@ -276,3 +276,18 @@ def test_two_processes_train_like_one_and_one_goes_on_where_two_stopped(tmp_path
         main(fit(name, "--ckpt_path", "last", "--trainer.max_steps", "75"))
     assert len(rows("two")) == 1
     assert rows("two") == pytest.approx(rows("one"), rel=1e-5)
+
+
+def test_fit_says_how_a_shared_memory_is_stored(tmp_path, capsys):
+    small = [
+        "--trainer.max_steps",
+        "2",
+        "--data.windows_per_epoch",
+        "2",
+        "--trainer.enable_progress_bar=false",
+    ]
+    rule = ["--model.rule", "SharedMemory", "--run_dir", str(tmp_path / "run")]
+    main(["fit", "-c", SMOKE, *rule, *small])
+    said = capsys.readouterr().out
+    assert "dense shared memory, 3 × 3" in said
+    assert "fused LSTM layers" in said or "eager" in said

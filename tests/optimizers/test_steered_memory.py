@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from l2l_scale.deploy import LearnedOptimizer
 from l2l_scale.evaluation import HeldOut, loss_curves
 from l2l_scale.optimizers import SteeredMemory
 from l2l_scale.optimizers.cells import Computing, GlobalAveraging
@@ -224,3 +225,17 @@ def test_float32_keeps_its_memory_in_double_unless_told_otherwise():
     assert untrained(precision="same").init_state(theta).memory.known.dtype == torch.float32
     update, _ = untrained()(torch.ones(2, 3), theta, untrained().init_state(theta))
     assert update.dtype == torch.float32
+
+
+def test_in_use_it_fits_a_small_network_on_all_of_its_data():
+    torch.manual_seed(0)
+    x = torch.randn(64, 10)
+    y = (x @ torch.randn(10, 1) > 0).float()
+    model = torch.nn.Sequential(torch.nn.Linear(10, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+    optimizer = LearnedOptimizer(model.parameters(), untrained())
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        optimizer.step()
+    assert loss.item() <= 1e-8  # Adam, rate 0.05, has 2e-6 after 150 steps

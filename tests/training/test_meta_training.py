@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from l2l_scale.estimators import TruncatedBPTT
 from l2l_scale.evaluation import HeldOut, loss_curves
-from l2l_scale.optimizers import CoordinatewiseLSTM
+from l2l_scale.optimizers import CoordinatewiseLSTM, GlobalAveraging, SharedMemory, SteeredMemory
 from l2l_scale.optimizers.backend import accelerate
 from l2l_scale.rng import Split
 from l2l_scale.tasks import ImageClassifier, Quadratic
@@ -69,11 +69,26 @@ class Stop(Callback):
             trainer.should_stop = True
 
 
-@pytest.mark.parametrize("after", [3, 4, 6])
-def test_resumed_run_equals_undisturbed_run_bit_for_bit(tmp_path, after):
-    straight, trainer = fit(tmp_path, 11)
-    fit(tmp_path, 11, callbacks=[Stop(after, tmp_path / "stop.ckpt")])
-    resumed, again = fit(tmp_path, 11, ckpt_path=tmp_path / "stop.ckpt")
+RULES = {
+    "LSTM": lambda: CoordinatewiseLSTM(hidden_size=4, layers=1),
+    "NTM-BFGS": lambda: SharedMemory(4, 1),
+    "NTM-L-BFGS": lambda: SharedMemory(4, 1, storage="window", window=2),
+    "steered memory": lambda: SteeredMemory(4),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "after"),
+    [("LSTM", 3), ("LSTM", 4), ("LSTM", 6), *((name, 3) for name in RULES if name != "LSTM")],
+)
+def test_resumed_run_equals_undisturbed_run_bit_for_bit(tmp_path, name, after):
+    def start():
+        torch.manual_seed(0)
+        return MetaTraining(RULES[name](), FAMILY, estimator=TruncatedBPTT(second_order=True))
+
+    straight, trainer = fit(tmp_path, 11, start())
+    fit(tmp_path, 11, start(), callbacks=[Stop(after, tmp_path / "stop.ckpt")])
+    resumed, again = fit(tmp_path, 11, start(), ckpt_path=tmp_path / "stop.ckpt")
     assert trainer.global_step == again.global_step == 11
     assert resumed.next_window == straight.next_window == 11
     for a, b in zip(straight.rule.parameters(), resumed.rule.parameters(), strict=True):
@@ -217,3 +232,19 @@ def test_loss_in_training_and_in_evaluation_agree_on_the_same_tasks(family, back
     curves = loss_curves(rule, held_out)
     assert torch.equal(curves[1:6], estimate.rollout.losses)
     assert float(estimate.surrogate.detach()) == pytest.approx(float(curves[1:6].sum(0).mean()), rel=1e-6)
+
+
+def test_rules_are_bound_to_the_parameter_groups_of_the_family(tmp_path):
+    family = ImageClassifier(hidden=(3,), batch_size=4)
+    rule = SharedMemory(4, 1, sharing=GlobalAveraging(1, over="group"))
+    module = MetaTraining(rule, family)
+    settings = {"horizon": 4, "window": 2, "slots": 1, "windows_per_epoch": 2, "valid_tasks": 1}
+    fit(tmp_path, 2, module, data=WindowData(family, **settings))
+    values = torch.arange(family.spec.size, dtype=torch.float32)[:, None]
+    held_out = HeldOut(family=family, seed=0, split=Split.TUNE, num_tasks=1, inner_steps=1)
+    for bound in (module.accelerated.rule, held_out.accelerate(rule)):
+        means = bound.computing.mean(values).flatten()
+        weights = torch.cat([means[part] for part in family.spec.groups["linear"]])
+        biases = torch.cat([means[part] for part in family.spec.groups["bias"]])
+        assert len(weights.unique()) == len(biases.unique()) == 1
+        assert weights[0] != biases[0]

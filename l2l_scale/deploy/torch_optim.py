@@ -22,6 +22,7 @@ from l2l_scale.deploy.coordinates import Layout, flatten, gradient_of, layout_of
 from l2l_scale.deploy.files import load_rule
 from l2l_scale.optimizers.backend import Backend, accelerate, check_backend, check_fusable
 from l2l_scale.optimizers.base import UpdateRule
+from l2l_scale.optimizers.network_rule import NetworkRule
 from l2l_scale.tree import Tree, tree_leaves, tree_map, tree_unflatten
 
 
@@ -60,6 +61,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if backend in ("fused", "fused-bf16"):
             check_fusable(loaded)  # now rather than at the first step
         self.state: defaultdict[Any, Any]
+        if isinstance(loaded, NetworkRule):
+            loaded = loaded.for_one_group()  # a parameter group is a problem here, whatever it was bound to
         self.rule = copy.deepcopy(loaded).requires_grad_(False).eval()
         self.backend = backend
         self._forget_derived()

@@ -61,7 +61,11 @@ class GlobalAveraging:
 
     def mean_for(self, spec: FlatSpec) -> Mean:
         """The mean that cells take on tasks with these parameters."""
-        return mean_of_problem if self.over == "problem" else mean_of_groups(spec.groups.values())
+        return (
+            mean_of_problem
+            if self.over == "problem"
+            else MeanOfGroups(tuple(spec.groups.values()), spec.size)
+        )
 
 
 def mean_of_problem(values: Tensor) -> Tensor:
@@ -69,17 +73,23 @@ def mean_of_problem(values: Tensor) -> Tensor:
     return values.mean(-2, keepdim=True)
 
 
-def mean_of_groups(groups: Iterable[tuple[slice, ...]]) -> Mean:
+@dataclass(frozen=True)
+class MeanOfGroups:
     """The mean over the coordinates of one's own group.
 
     Args:
         groups: where each group lies on the axis of the coordinates; together they cover it.
+        size: N.
     """
-    ranges = list(groups)
 
-    def mean(values: Tensor) -> Tensor:
+    groups: tuple[tuple[slice, ...], ...]
+    size: int
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """The means at every coordinate, (*, N, G)."""
+        assert values.shape[-2] == self.size, (values.shape, self.size)
         result = values
-        for slices in ranges:
+        for slices in self.groups:
             size = sum(part.stop - part.start for part in slices)
             total = torch.stack([values[..., part, :].sum(-2) for part in slices]).sum(0)
             own = (total / size).unsqueeze(-2)
@@ -88,8 +98,6 @@ def mean_of_groups(groups: Iterable[tuple[slice, ...]]) -> Mean:
                     result, own.expand_as(values[..., part, :]), -2, part.start, part.stop
                 )
         return result
-
-    return mean
 
 
 class LSTMCell(nn.Module):

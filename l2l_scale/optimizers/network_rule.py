@@ -41,6 +41,10 @@ class NetworkRule(UpdateRule, ABC):
         """The same rule, the local part of its layers computed by ``local``."""
         return self.computed(self.computing._replace(local=local))
 
+    def for_one_group(self: Self) -> Self:
+        """The same rule where all coordinates of a problem are one group, as in use, computed op by op."""
+        return self.computed(Computing(chunk=self.computing.chunk))
+
     def for_spec(self: Self, spec: FlatSpec) -> Self:
         """The same rule, whose cells average over these tasks' parameter groups, if they are to do so."""
         if self.sharing is None:

@@ -37,8 +37,12 @@ def norm(a: Tensor) -> Tensor:
 
 
 def reciprocal(value: Tensor, where: Tensor) -> Tensor:
-    """1 / value where a mask says so, else 0; without NaN in the derivative elsewhere."""
-    return (1 / torch.where(where, value, 1.0)).masked_fill(~where, 0.0)
+    """1 / value where a mask says so, else 0; without NaN in the derivative elsewhere.
+
+    Zero also where the value is so small that the derivative, −1 / value², would overflow.
+    """
+    usable = where & (value.abs() > torch.finfo(value.dtype).tiny ** 0.5)
+    return (1 / torch.where(usable, value, 1.0)).masked_fill(~usable, 0.0)
 
 
 class Outer(NamedTuple):
@@ -67,6 +71,10 @@ class SecantMemory(ABC):
     @abstractmethod
     def init(self, theta: Tensor) -> Tree:
         """K = 0 and P = I."""
+
+    @abstractmethod
+    def holds_all(self, size: int) -> bool:
+        """Whether as many pairs as there are coordinates are remembered, so that nothing is unknown then."""
 
     @abstractmethod
     def known(self, memory: Tree, v: Tensor) -> Tensor:
@@ -100,6 +108,10 @@ class DenseSecantMemory(SecantMemory):
     """K and P as matrices: two shared memories whose heads write the outer products of BFGS."""
 
     _KNOWN, _UNKNOWN = DenseMemory(0.0), DenseMemory(1.0)
+
+    def holds_all(self, size: int) -> bool:
+        """Always."""
+        return True
 
     def init(self, theta: Tensor) -> DenseSecants:
         """K = 0 and P = I."""
@@ -158,6 +170,10 @@ class WindowedSecantMemory(SecantMemory):
 
     def __init__(self, pairs: int) -> None:
         self.pairs = pairs
+
+    def holds_all(self, size: int) -> bool:
+        """If the window is as long as a problem has coordinates."""
+        return self.pairs >= size
 
     def init(self, theta: Tensor) -> Pairs:
         """No pair."""

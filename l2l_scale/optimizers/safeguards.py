@@ -86,7 +86,8 @@ def judge(
 
 def has_curvature(s: Tensor, y: Tensor, noise: Tensor) -> Tensor:
     """Whether sᵀy is positive and more than rounding: BFGS's curvature condition, in finite precision."""
-    return dot(s, y) > CURVATURE * norm(s) * noise
+    curvature = dot(s, y)
+    return (curvature > CURVATURE * norm(s) * noise) & (reciprocal(curvature, curvature > 0) > 0)
 
 
 def correction(s: Tensor, y: Tensor, at_anchor: Tensor) -> Tensor:

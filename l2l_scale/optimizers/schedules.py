@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from l2l_scale.checks import check_count, check_fraction
+from l2l_scale.flat import FlatSpec
 from l2l_scale.optimizers.base import UpdateRule
 from l2l_scale.optimizers.hyper import hyper, per_problem
 from l2l_scale.tree import Tree
@@ -78,6 +79,14 @@ class Scheduled(UpdateRule):
     def __init__(self, rule: UpdateRule, schedule: RateSchedule) -> None:
         super().__init__()
         self.rule, self.schedule = rule, schedule
+
+    def for_spec(self, spec: FlatSpec) -> Scheduled:
+        """The rule for these tasks, with the same schedule."""
+        return Scheduled(self.rule.for_spec(spec), self.schedule)
+
+    def storage_for(self, size: int) -> str:
+        """The rule's own."""
+        return self.rule.storage_for(size)
 
     def init_state(self, theta: Tensor) -> Tree:
         """The rule's state, and the number of inner steps taken (*, 1)."""

@@ -164,26 +164,28 @@ class SteeredMemory(NetworkRule):
         offer = self._select(memory, state, trial)
         seen = self._observe(state, trial, offer)
         steering, network = self.network(seen, state.network, self.computing)
-        state = self._write(memory, state, trial, offer, steering)
+        state, offer = self._write(memory, state, trial, offer, steering)
         state = self._adapt(memory, state, trial, offer)._replace(network=network)
         converged = norm(state.gradient) <= trial.noise / 2
         step = self._step(memory, state, steering).masked_fill(converged, 0.0)
         update = (state.anchor - step - point).to(theta.dtype)
-        return update, state._replace(started=torch.ones_like(state.started))
+        started = torch.maximum(state.started, gradient.isfinite().all(-1, keepdim=True).to(state.started))
+        return update, state._replace(started=started)
 
     def _begin(self, state: SteeredState, gradient: Tensor) -> SteeredState:
-        """At the first step, the gradient is that of the anchor, and the step length is the learned one."""
+        """The first finite gradient is that of the anchor, and the first step length is the learned one."""
         started, first = state.started > 0, self.log_first_step.exp().to(gradient)
+        finite = gradient.isfinite().all(-1, keepdim=True)
         explore = torch.where(started, state.lengths.explore, first)
         return state._replace(
-            gradient=torch.where(started, state.gradient, gradient),
+            gradient=torch.where(started, state.gradient, torch.where(finite, gradient, 0.0)),
             lengths=state.lengths._replace(explore=explore),
         )
 
     def _select(self, memory: SecantMemory, state: SteeredState, trial: Trial) -> Offer:
         """What a trial offers to the memory: its part in unknown directions, or all of it, or nothing."""
         s, y = memory.unknown(state.memory, trial.s), memory.unknown_transposed(state.memory, trial.y)
-        unknown = state.directions < trial.s.shape[-1]
+        unknown = ~self._complete(memory, state.directions, trial)
         share = dot(s, y) > self.newness * dot(trial.s, trial.y)
         new = has_curvature(s, y, trial.noise) & share & unknown
         surprise = norm(trial.s - self._expected(memory, state, trial.y))
@@ -207,28 +209,35 @@ class SteeredMemory(NetworkRule):
 
     def _write(
         self, memory: SecantMemory, state: SteeredState, trial: Trial, offer: Offer, steering: Steering
-    ) -> SteeredState:
-        """Write the pair as the network wants it; the anchor moves to the better point."""
+    ) -> tuple[SteeredState, Offer]:
+        """Write the pair as the network wants it, and say what was written; the anchor moves if it can."""
         toward = steering.conjugate * offer.new
         s, y = (raw + toward * (part - raw) for raw, part in ((trial.s, offer.s), (trial.y, offer.y)))
         s = s + (1 - steering.accept) * (self._expected(memory, state, y) - s)
-        where = (offer.new | offer.whole) & (dot(s, y) > 0)
-        return state._replace(
+        curvature = dot(s, y)
+        where = (offer.new | offer.whole) & (reciprocal(curvature, curvature > 0) > 0)
+        state = state._replace(
             memory=memory.write(state.memory, s, y, where),
             anchor=torch.where(trial.improved, state.anchor + trial.s, state.anchor),
             gradient=torch.where(trial.improved, state.gradient + trial.y, state.gradient),
         )
+        return state, offer._replace(new=offer.new & where, whole=offer.whole & where)
 
     def _adapt(self, memory: SecantMemory, state: SteeredState, trial: Trial, offer: Offer) -> SteeredState:
         """Lengths for the next trial; what failed too often starts again from an empty memory."""
         lengths = next_lengths(state.lengths, trial, offer, state.directions == 0)
         directions, again = state.directions + offer.new, lengths.failures >= self.patience
         return state._replace(
-            memory=memory.clear(state.memory, directions >= trial.s.shape[-1], again),
+            memory=memory.clear(state.memory, self._complete(memory, directions, trial), again),
             lengths=start_again(lengths, again, trial.steepness),
             directions=directions.masked_fill(again, 0.0),
             steepness=trial.steepness,
         )
+
+    def _complete(self, memory: SecantMemory, directions: Tensor, trial: Trial) -> Tensor:
+        """Whether every direction is known; a window that forgets pairs never knows them all."""
+        size = trial.s.shape[-1]
+        return (directions >= size) & memory.holds_all(size)
 
     def _step(self, memory: SecantMemory, state: SteeredState, steering: Steering) -> Tensor:
         """κ K ∇ + γ P D Pᵀ ∇ at the anchor."""

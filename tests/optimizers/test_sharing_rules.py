@@ -1,5 +1,7 @@
 """What all rules keep whose coordinates hear of each other: averaging cells, NTM-BFGS, steered memory."""
 
+import pickle
+
 import pytest
 import torch
 from conftest import Regression, draw_windows, phi_gradient
@@ -10,9 +12,11 @@ from l2l_scale.estimators import TruncatedBPTT
 from l2l_scale.flat import FlatSpec, Segment
 from l2l_scale.optimizers import (
     CoordinatewiseLSTM,
+    ExponentialSchedule,
     GlobalAveraging,
     LogSign,
     RNNprop,
+    Scheduled,
     SharedMemory,
     SteeredMemory,
     TanhExp,
@@ -279,6 +283,24 @@ def test_a_dense_and_a_windowed_rule_agree_while_the_window_holds(double):
             rollout = unroll(rule, family, begin(rule, batch, None), batch, InnerGradient.NONE)
             losses.append(rollout.losses)
         assert largest_difference(*losses) <= 1e-10 * losses[0].max()
+
+
+def test_bound_rules_can_be_pickled_wrapped_and_used():
+    spec = FlatSpec((Segment("weight", (3,), "linear"), Segment("bias", (), "bias")))
+    rule = CoordinatewiseLSTM(5, 2, sharing=GlobalAveraging(2, over="group"), output_scale=1.0)
+    bound, grad = rule.for_spec(spec), torch.randn(1, 4)
+    expected = bound(grad, grad, bound.init_state(grad))[0]
+    again = pickle.loads(pickle.dumps(bound))
+    assert torch.equal(again(grad, grad, again.init_state(grad))[0], expected)
+    scheduled = Scheduled(rule, ExponentialSchedule(1.0)).for_spec(spec)
+    assert torch.equal(scheduled(grad, grad, scheduled.init_state(grad))[0], expected)
+    assert Scheduled(SharedMemory(), ExponentialSchedule(1.0)).storage_for(3) == SharedMemory().storage_for(3)
+    theta = torch.nn.Parameter(
+        torch.zeros(7)
+    )  # other coordinates than those of the tasks that it was bound to
+    theta.grad = torch.ones(7)
+    LearnedOptimizer([theta], bound).step()
+    assert theta.unique().numel() == 1
 
 
 @pytest.mark.parametrize("kind", [SharedMemory, SteeredMemory])

@@ -142,6 +142,44 @@ def test_a_gradient_that_is_not_finite_sends_it_back_to_the_anchor():
     assert state.lengths.failures.item() == 1
 
 
+def test_a_first_gradient_that_is_not_finite_is_waited_out():
+    hessian, target = quadratic(4)
+    rule, theta = untrained().double(), torch.ones(1, 4).double()
+    bad = torch.tensor([[1.0, math.nan, 0.0, 0.0]]).double()
+    update, state = rule(bad, theta, rule.init_state(theta))
+    assert not update.any()
+    h, b = torch.from_numpy(hessian), torch.from_numpy(target)
+    first, _ = rule(theta @ h - b, theta, rule.init_state(theta))
+    second, _ = rule(theta @ h - b, theta, state)
+    assert second.isfinite().all()
+    assert torch.nn.functional.cosine_similarity(first, second) > 0.999
+
+
+def test_a_window_shorter_than_the_problem_never_takes_everything_for_known():
+    rng, size = np.random.default_rng(0), 40
+    q, _ = np.linalg.qr(rng.standard_normal((size, size)))
+    hessian, start = (q * np.logspace(0, -4, size)) @ q.T, rng.standard_normal(size)
+    rule = untrained(storage="window", window=10, first_step=0.3).double()
+    _, points = run(rule, hessian, np.zeros(size), start, 300)
+    loss = [float(p @ torch.from_numpy(hessian) @ p.T) for p in points]
+    assert min(loss[200:]) <= 1e-8 * loss[0]
+
+
+def test_beyond_convergence_float32_memory_stays_finite():
+    torch.manual_seed(0)
+    rule, theta = untrained(precision="same"), torch.randn(40, 8)
+    hessian = torch.logspace(0, -2, 8)
+    theta.requires_grad_()
+    state, point = rule.init_state(theta), theta
+    for _ in range(60):
+        update, state = rule(hessian * point, point, state)
+        point = point + update
+    assert point.isfinite().all()
+    assert (hessian * point.detach().square()).sum(-1).max() <= 1e-10
+    (slope,) = torch.autograd.grad(point.square().sum(), theta)
+    assert slope.isfinite().all()
+
+
 def test_the_memory_is_cleared_after_so_many_failures_in_a_row():
     hessian, target = quadratic(4)
     rule = untrained(patience=3).double()

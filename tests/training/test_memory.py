@@ -46,7 +46,7 @@ def window_bytes(**settings) -> float:
 def test_a_rule_whose_layers_are_kernels_is_rehearsed_as_such():
     torch.manual_seed(0)
     family = Quadratic(dimension=500)
-    data = WindowData(family, slots=4, valid_tasks=1)
+    data = WindowData(family, slots=4, valid_tasks=1, horizon=5, window=5)
     predictions = {
         backend: predict(MetaTraining(SharedMemory(), family, backend=backend), data, CPU)
         for backend in ("auto", "fused", "eager")

@@ -30,7 +30,7 @@ from l2l_scale.optimizers.kernels.cell import CellGradient, CellKernel, FusedLoc
 from l2l_scale.optimizers.kernels.layout import BLOCK
 from l2l_scale.optimizers.network_rule import NetworkRule
 
-# Coordinate-steps for which sums are kept apart, and how many such parts there are: in cpp/backward.h.
+# Coordinate-steps for which sums are kept apart, and how many such parts there are: in cpp/parts.h.
 _PART, _MAX_PARTS, _PARTS_BYTES = 4096, 256, 32 << 20
 
 
@@ -101,7 +101,7 @@ def _cells(rule: NetworkRule, device: torch.device, backend: Backend) -> Choice:
 
 
 def workspace_bytes(program: Program, coordinates: int, window: int, dtype: torch.dtype) -> int:
-    """What the C++ kernel allocates itself in phase 2; see ``GroupBackward`` and ``backward`` in its sources.
+    """What the C++ kernel allocates itself in phase 2; see ``GroupBackward`` and ``sum_parts`` there.
 
     Args:
         program: of the rule.

@@ -56,7 +56,7 @@ def rehearse(
     module = _Module(deepcopy(model.rule), data.family, model.estimator, divergence_patience=never)
     module.to(META, dtype)
     with live:
-        module.accelerated = accelerate(module.rule)
+        module.accelerated = accelerate(module.rule.for_spec(module.family.spec))
         with live.counting(RESIDENT):
             module.family.prepare(META)
             module.valid_family.prepare(META)

@@ -295,12 +295,13 @@ def test_bound_rules_can_be_pickled_wrapped_and_used():
     scheduled = Scheduled(rule, ExponentialSchedule(1.0)).for_spec(spec)
     assert torch.equal(scheduled(grad, grad, scheduled.init_state(grad))[0], expected)
     assert Scheduled(SharedMemory(), ExponentialSchedule(1.0)).storage_for(3) == SharedMemory().storage_for(3)
-    theta = torch.nn.Parameter(
-        torch.zeros(7)
-    )  # other coordinates than those of the tasks that it was bound to
-    theta.grad = torch.ones(7)
-    LearnedOptimizer([theta], bound).step()
-    assert theta.unique().numel() == 1
+    used = []  # on other coordinates than those of the tasks that it was bound to
+    for one in (bound, rule):
+        theta = torch.nn.Parameter(torch.zeros(7))
+        theta.grad = torch.linspace(1, 2, 7)
+        LearnedOptimizer([theta], one).step()
+        used.append(theta.detach())
+    assert torch.equal(*used)
 
 
 @pytest.mark.parametrize("kind", [SharedMemory, SteeredMemory])

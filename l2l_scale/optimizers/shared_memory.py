@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from l2l_scale.checks import check_count, check_fraction, check_positive, check_range
+from l2l_scale.checks import check_count, check_positive, check_range
 from l2l_scale.optimizers.cells import Computing, GlobalAveraging, StackedLSTM
 from l2l_scale.optimizers.features import Feature, Identity
 from l2l_scale.optimizers.heads import Head, ScaledLinear
@@ -101,8 +101,7 @@ class SharedMemory(NetworkRule):
         check_count("read_heads", read_heads)
         check_count("write_heads", write_heads)
         check_range("initial_memory", initial_memory, -1e6, 1e6)
-        if decay != 1:
-            check_fraction("decay", decay)
+        check_range("decay", decay, 0, 1)
         check_positive("direct", direct, zero=True)
         if normalization not in ("none", "mean", "unit"):
             raise ValueError(f"normalization ({normalization!r}) must be 'none', 'mean' or 'unit'")

@@ -161,7 +161,11 @@ def test_overwrite_deletes_what_a_run_writes_and_nothing_else(copied):
 def test_interrupt_says_how_to_go_on(tmp_path):
     command = [sys.executable, "-m", "l2l_scale", "fit", "-c", SMOKE, "--run_dir", str(tmp_path / "run")]
     options = ["--trainer.max_steps", "1000000", "--trainer.enable_progress_bar", "false"]
-    with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as process:
+    # What runs in the background of a shell inherits that Ctrl-C is ignored; this process must not.
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    with subprocess.Popen(
+        [*command, *options], stdout=subprocess.PIPE, text=True, preexec_fn=heed
+    ) as process:
         for line in process.stdout:
             if "run folder" in line:
                 break

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from l2l_scale.optimizers.cells import Computing, LSTMCell
-from l2l_scale.optimizers.kernels.build import KernelUnavailableError, instruction_set, library
-from l2l_scale.optimizers.kernels.native import call, check_products
+from l2l_scale.optimizers.kernels.build import KernelUnavailableError, library
+from l2l_scale.optimizers.kernels.native import call, check_products, native_name
 from l2l_scale.optimizers.kernels.program import MAX_HIDDEN, UnsupportedRuleError
 
 
@@ -69,7 +69,7 @@ class NativeCell(CellKernel):
     @property
     def name(self) -> str:
         """C++ and the instruction set."""
-        return f"C++ {instruction_set()}{', products in bfloat16' if self.bf16 else ''}"
+        return native_name(self.bf16)
 
     def step(self, weights: Tensor, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """H and c after a step, (M, H), for x (M, I)."""

@@ -55,7 +55,7 @@ class NativeKernel(Kernel):
     @property
     def name(self) -> str:
         """C++ and the instruction set."""
-        return f"C++ {instruction_set()}{', products in bfloat16' if self.bf16 else ''}"
+        return native_name(self.bf16)
 
     def step(self, weights: Tensor, grad: Tensor, state: Tensor, out: Tensor) -> Tensor:
         """One inner step."""
@@ -111,6 +111,11 @@ class NativeKernel(Kernel):
 
     def __getstate__(self) -> dict[str, Program | bool]:
         return {"program": self.program, "bf16": self.bf16}  # the structure is made anew in another process
+
+
+def native_name(bf16: bool) -> str:
+    """What a C++ kernel is called in the log."""
+    return f"C++ {instruction_set()}{', products in bfloat16' if bf16 else ''}"
 
 
 def check_products(bf16: bool) -> None:

@@ -29,6 +29,7 @@ class Channel(IntEnum):
     INIT = 1
     DATA = 2
     NOISE = 3
+    HORIZON = 4
 
 
 _CHANNELS = 1 << 8  # room for more channels without moving a split's streams

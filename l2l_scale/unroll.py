@@ -33,8 +33,10 @@ class WindowBatch(NamedTuple):
     """Minibatches for the K inner steps and for the loss after the last one, (K + 1, S, ...)."""
     window_length: int
     """K."""
-    horizon: int
-    """T."""
+    horizon: Tensor
+    """(S,) T of each slot's trajectory."""
+    teacher: Tensors
+    """What a teacher did on the same problems, if there is one: "losses", its f(θ_1) … f(θ_K), (K, S)."""
 
 
 class Carry(NamedTuple):

@@ -15,7 +15,7 @@ from torch import Tensor
 from l2l_scale.flat import FlatSpec, Segment
 from l2l_scale.optimizers import Concatenate, CoordinatewiseLSTM, LogSign, RNNprop, UpdateRule
 from l2l_scale.rng import Split
-from l2l_scale.sampling import Schedule, WindowSampler
+from l2l_scale.sampling import Batch, Schedule, SeatBatch, WindowSampler
 from l2l_scale.tasks import Arrays, TaskFamily, Tensors
 from l2l_scale.unroll import WindowBatch
 
@@ -83,6 +83,11 @@ def draw_windows(
     """The first ``count`` windows of the training stream of seed 0."""
     sampler = WindowSampler(family, schedule, 0, Split.TRAIN)
     return [sampler(index, slots).to_batch(dtype) for index in range(count)]
+
+
+def one_seat(window: WindowBatch) -> Batch:
+    """The batch of a rank that works on one family."""
+    return (SeatBatch("", 1.0, window),)
 
 
 def small_lstm(seed: int = 0) -> CoordinatewiseLSTM:

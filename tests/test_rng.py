@@ -23,7 +23,8 @@ def draws(*key: object) -> bytes:
 
 
 def test_streams_have_the_golden_hash() -> None:
-    digest = hashlib.sha256(b"".join(draws(*key) for key in KEYS)).hexdigest()
+    first = [key for key in KEYS if key[2] <= Channel.NOISE]  # the channels that runs were made with
+    digest = hashlib.sha256(b"".join(draws(*key) for key in first)).hexdigest()
     assert digest == GOLDEN
 
 
@@ -94,4 +95,10 @@ def test_the_numbers_of_splits_and_channels_are_fixed() -> None:
         ("TUNE", 2),
         ("TEST", 3),
     ]
-    assert [(c.name, c.value) for c in Channel] == [("TASK", 0), ("INIT", 1), ("DATA", 2), ("NOISE", 3)]
+    assert [(c.name, c.value) for c in Channel] == [
+        ("TASK", 0),
+        ("INIT", 1),
+        ("DATA", 2),
+        ("NOISE", 3),
+        ("HORIZON", 4),
+    ]

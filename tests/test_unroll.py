@@ -280,9 +280,9 @@ def test_a_sick_task_leaves_the_gradient_of_the_others_alone(
     assert estimates[0].rollout.carry.diverged.tolist() == [False, True, False, False]
     got, expected = (phi_gradient(rule, estimate.surrogate) for estimate in estimates)
     assert got.isfinite().all()
-    # Another number of rows rounds differently; the masked slot itself adds nothing.
-    assert (got - expected).norm() <= 1e-12 * expected.norm()
-    assert abs(float((estimates[0].surrogate - estimates[1].surrogate).detach())) <= 1e-12
+    # Another number of rows rounds differently; the masked slot itself adds nothing, to a mean over all four.
+    assert (got - 3 / 4 * expected).norm() <= 1e-12 * expected.norm()
+    assert abs(float((estimates[0].surrogate - 3 / 4 * estimates[1].surrogate).detach())) <= 1e-12
     assert torch.equal(estimates[0].rollout.carry.theta[1], healthy.theta0[1])
 
 
@@ -308,7 +308,8 @@ def test_overflow_in_the_middle_of_a_window_is_masked(second_order: bool, double
     alone = TruncatedBPTT(second_order)(rule, family, begin(rule, rest, None), rest)
     got, expected = phi_gradient(rule, estimate.surrogate), phi_gradient(rule, alone.surrogate)
     assert got.isfinite().all()
-    assert (got - expected).norm() <= 1e-12 * expected.norm()
+    share = float((~diverged).double().mean())
+    assert (got - share * expected).norm() <= 1e-12 * expected.norm()
 
 
 @pytest.mark.parametrize("second_order", [False, True])

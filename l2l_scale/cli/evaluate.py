@@ -67,5 +67,10 @@ def run(arguments: list[str]) -> None:
     """Evaluate as the command line says."""
     command = Evaluate(arguments)
     rules, out = command.rules(), command.out()
-    evaluate(rules, command.family, command.horizon, command.evaluation, out)
-    print(f"report   {out / 'report.md'}\nnumbers  {out / 'report.json'}\npicture  {out / 'curves.png'}")
+    for name, family in command.mixture.families.items():
+        if name:
+            print(f"== {name}: {family}")
+        folder = out / name  # of a mixture each family has its own; "" is no folder
+        evaluate(rules, family, command.horizon, command.evaluation, folder)
+        print(f"report   {folder / 'report.md'}\nnumbers  {folder / 'report.json'}")
+        print(f"picture  {folder / 'curves.png'}")

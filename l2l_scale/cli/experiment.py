@@ -114,6 +114,11 @@ class Reader(Experiment):
     def instantiate_classes(self) -> None:
         """Build family and settings."""
         self.config_init = self.parser.instantiate(self.config)
-        self.family = self.config_init.data.family
+        self.mixture = self.config_init.data.mixture
         self.horizon = self.config_init.data.schedule.horizon
         self.evaluation: Evaluation = self.config_init.evaluation
+        if self.evaluation.shifts and len(self.mixture.members) > 1:
+            raise ValueError(
+                "evaluation.shifts must be left out for a mixture: each of its families is evaluated by "
+                "itself. Evaluate the rule with a configuration of one family and its shifts"
+            )

@@ -69,7 +69,10 @@ class Fit(Experiment):
     def train(self) -> None:
         """Train, then export the best rule and say what comes next."""
         trainer, started = self.trainer, time.perf_counter()
-        check_rhythm(trainer.max_steps, self.datamodule.windows_per_epoch)
+        check_rhythm(trainer.max_steps, self.datamodule.windows_per_epoch, trainer.accumulate_grad_batches)
+        self.datamodule.seats(trainer.global_rank, trainer.world_size)  # raises where they do not fit
+        if trainer.local_rank == 0:
+            self.datamodule.actors.check(trainer.num_devices)
         if self.config.check_memory and trainer.local_rank == 0:  # once per host: it counts all its ranks
             check_memory(self.model, self.datamodule, machine_of(trainer))
         if trainer.is_global_zero:
@@ -97,13 +100,18 @@ class Fit(Experiment):
     def headline(self) -> str:
         """What is about to run."""
         data, size = self.datamodule, sum(p.numel() for p in self.model.rule.parameters())
-        storage = self.model.rule.storage_for(data.family.spec.size)
+        sizes = [family.spec.size for family in data.mixture.families.values()]
+        stored = dict.fromkeys(filter(None, map(self.model.rule.storage_for, sizes)))
+        storage = "".join(f"{text}; " for text in stored)
+        backends = "; ".join(dict.fromkeys(one.description for one in self.model.accelerated.values()))
+        ranks = f" on {self.trainer.world_size} ranks" if self.trainer.world_size > 1 else ""
+        shortest, longest = data.schedule.horizons[0], data.schedule.horizons[-1]
+        horizon = f"{longest}" if shortest == longest else f"{shortest} to {longest}"
         return (
             f"meta-training {type(self.model.rule).__name__} ({size:,} parameters) on {data.family}\n"
-            f"{data.slots} slots, windows of {data.schedule.window} of a horizon of {data.schedule.horizon}, "
+            f"{data.slots} slots{ranks}, windows of {data.schedule.window} of a horizon of {horizon}, "
             f"{self.trainer.max_steps:,} meta-steps, seed {data.seed}\n"
-            f"backend {self.model.accelerated.description}, {torch.get_num_threads()} CPU threads; "
-            f"{storage + '; ' if storage else ''}run folder {self.folder}"
+            f"backend {backends}, {torch.get_num_threads()} CPU threads; {storage}run folder {self.folder}"
         )
 
     def finish(self, seconds: float) -> None:
@@ -134,17 +142,24 @@ class RunFolder(Callback):
         print(self.fit.headline(), flush=True)
 
 
-def check_rhythm(max_steps: int, windows_per_epoch: int) -> None:
+def check_rhythm(max_steps: int, windows_per_epoch: int, windows_per_step: int) -> None:
     """Checkpoints are written at the ends of epochs, so a run must end with one.
 
     Raises:
         ValueError: if meta-steps would be left over.
     """
-    if max_steps > 0 and max_steps % windows_per_epoch:
-        full = max(max_steps // windows_per_epoch, 1) * windows_per_epoch
+    if windows_per_epoch % windows_per_step:
         raise ValueError(
-            f"trainer.max_steps ({max_steps}) must be a multiple of data.windows_per_epoch "
-            f"({windows_per_epoch}), or the last meta-steps would be in no checkpoint; {full} is one"
+            f"data.windows_per_epoch ({windows_per_epoch}) must be a multiple of "
+            f"trainer.accumulate_grad_batches ({windows_per_step}), the windows of one meta-step"
+        )
+    steps = windows_per_epoch // windows_per_step
+    if max_steps > 0 and max_steps % steps:
+        of = "data.windows_per_epoch" + (" / accumulate_grad_batches" if windows_per_step > 1 else "")
+        raise ValueError(
+            f"trainer.max_steps ({max_steps}) must be a multiple of {of} "
+            f"({steps}), or the last meta-steps would be in no checkpoint; "
+            f"{max(max_steps // steps, 1) * steps} is one"
         )
 
 

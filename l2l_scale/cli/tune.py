@@ -29,4 +29,7 @@ def run(arguments: list[str]) -> None:
     """Tune as the command line says."""
     command = Tune(arguments)
     out = Path(command.config.out) if command.config.out else None
-    tune_baselines(command.family, command.horizon, command.evaluation, out)
+    for name, family in command.mixture.families.items():
+        if name:
+            print(f"== {name}: {family}")
+        tune_baselines(family, command.horizon, command.evaluation, out and out / name)

@@ -2,7 +2,14 @@
 
 from l2l_scale.estimators.base import Estimate, GradientEstimator
 from l2l_scale.estimators.bptt import TruncatedBPTT
-from l2l_scale.estimators.objectives import LastLoss, LogLoss, MetaLoss, NormalizedLoss, SumLoss
+from l2l_scale.estimators.objectives import (
+    LastLoss,
+    LogLoss,
+    MetaLoss,
+    NormalizedLoss,
+    RelativeLoss,
+    SumLoss,
+)
 
 __all__ = [
     "Estimate",
@@ -11,6 +18,7 @@ __all__ = [
     "LogLoss",
     "MetaLoss",
     "NormalizedLoss",
+    "RelativeLoss",
     "SumLoss",
     "TruncatedBPTT",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -28,11 +29,14 @@ class GradientEstimator(ABC):
     DDP's all-reduce, clipping and accumulation work for every estimator.
     """
 
-    def check_horizon(self, horizon: int) -> None:  # noqa: B027 - most estimators take any horizon
-        """Raise ``ValueError`` if this estimator was made for another horizon."""
+    def check_horizons(self, horizons: Sequence[int]) -> None:  # noqa: B027 - most take any horizon
+        """Raise ``ValueError`` if this estimator was made for other horizons than a run's."""
 
     def check_rule(self, rule: UpdateRule) -> None:  # noqa: B027 - most estimators take any rule
         """Raise ``ValueError`` if this estimator cannot work with a rule as it will be computed."""
+
+    def check_teacher(self, given: bool) -> None:  # noqa: B027 - most need none
+        """Raise ``ValueError`` if this estimator compares with a teacher and none is given."""
 
     @abstractmethod
     def __call__(self, rule: UpdateRule, family: TaskFamily, carry: Carry, batch: WindowBatch) -> Estimate:

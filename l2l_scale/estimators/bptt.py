@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from l2l_scale.checks import check_count
 from l2l_scale.estimators.base import Estimate, GradientEstimator
 from l2l_scale.estimators.coordinates import draw_coordinates
@@ -43,9 +45,13 @@ class TruncatedBPTT(GradientEstimator):
         self.mode = InnerGradient.SECOND_ORDER if second_order else InnerGradient.FIRST_ORDER
         self.meta_loss = SumLoss() if meta_loss is None else meta_loss
 
-    def check_horizon(self, horizon: int) -> None:
+    def check_horizons(self, horizons: Sequence[int]) -> None:
         """Raise ``ValueError`` if the meta-loss was made for another horizon."""
-        self.meta_loss.step_weights(horizon)
+        self.meta_loss.check_horizons(horizons)
+
+    def check_teacher(self, given: bool) -> None:
+        """Raise ``ValueError`` if the meta-loss compares with a teacher and none is given."""
+        self.meta_loss.check_teacher(given)
 
     def check_rule(self, rule: UpdateRule) -> None:
         """Raise ``ValueError`` if coordinates are to be drawn, but backward goes through all together."""
@@ -57,7 +63,10 @@ class TruncatedBPTT(GradientEstimator):
             )
 
     def __call__(self, rule: UpdateRule, family: TaskFamily, carry: Carry, batch: WindowBatch) -> Estimate:
-        """The mean meta-loss of the slots that did not diverge."""
+        """The sum of the meta-losses of the slots that did not diverge, over the number of all slots.
+
+        So the mean over ranks with equally many slots is that over all slots, whichever diverged where.
+        """
         draw = None if self.coordinates is None else draw_coordinates(self.coordinates, batch.window_index)
         rollout = unroll(rule, family, carry, batch, self.mode, draw=draw)
         diverged = rollout.carry.diverged
@@ -67,7 +76,5 @@ class TruncatedBPTT(GradientEstimator):
             del rollout  # with its graph: two would take twice the memory
             rollout = unroll(rule, family, carry, batch, self.mode, diverged, draw)
             rollout = rollout._replace(carry=rollout.carry._replace(diverged=diverged))
-        values = self.meta_loss(rollout.losses, rollout.carry.start_loss, batch.inner_step, batch.horizon)
-        alive = ~diverged
-        total = values.masked_fill(diverged, 0.0).sum()
-        return Estimate(total / alive.sum().clamp(min=1), rollout)
+        values = self.meta_loss(rollout.losses, rollout.carry.start_loss, batch)
+        return Estimate(values.masked_fill(diverged, 0.0).mean(), rollout)

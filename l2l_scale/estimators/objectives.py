@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from l2l_scale.checks import check_positive
+from l2l_scale.tasks.base import Tensors
+from l2l_scale.unroll import WindowBatch
 
 
 class MetaLoss(ABC):
@@ -29,43 +31,57 @@ class MetaLoss(ABC):
         self.weights = None if weights is None else tuple(weights)
 
     @abstractmethod
-    def transform(self, losses: Tensor, start_loss: Tensor) -> Tensor:
-        """What each loss counts for, (K, S), given losses (K, S) and the trajectories' first losses (S,)."""
+    def transform(self, losses: Tensor, start_loss: Tensor, teacher: Tensors) -> Tensor:
+        """What each loss counts for, (K, S).
 
-    def step_weights(self, horizon: int) -> tuple[float, ...] | None:
-        """One weight per inner step of the horizon; None where all are 1.
-
-        Raises:
-            ValueError: if weights were given for another horizon.
+        Args:
+            losses: f(θ_1) … f(θ_K), (K, S).
+            start_loss: loss at the start of the trajectory, (S,).
+            teacher: what a teacher did in the same inner steps, if there is one: "losses" (K, S).
         """
-        if self.weights is not None and len(self.weights) != horizon:
-            raise ValueError(
-                f"weights ({len(self.weights)} numbers) must have one number per inner step of the horizon "
-                f"({horizon})"
-            )
-        return self.weights
 
-    def __call__(self, losses: Tensor, start_loss: Tensor, inner_step: Tensor, horizon: int) -> Tensor:
+    def check_teacher(self, given: bool) -> None:  # noqa: B027 - most need none
+        """Raise ``ValueError`` if the meta-loss compares with a teacher and none is given."""
+
+    def check_horizons(self, horizons: Sequence[int]) -> None:
+        """Raise ``ValueError`` if weights were given for another horizon than those of the trajectories."""
+        for horizon in horizons:
+            if self.weights is not None and len(self.weights) != horizon:
+                raise ValueError(
+                    f"weights ({len(self.weights)} numbers) must have one number per inner step of the "
+                    f"horizon ({horizon})"
+                )
+
+    def step_weights(self, steps: Tensor, horizon: Tensor) -> Tensor | None:
+        """Weights (K, S) of the losses after ``steps`` (K, S) = 0 … T − 1; None where all are 1.
+
+        Args:
+            steps: inner steps, counted from 0 in each slot's trajectory.
+            horizon: (S,) T.
+        """
+        if self.weights is None:
+            return None
+        return torch.tensor(self.weights, dtype=torch.float64, device=steps.device)[steps]
+
+    def __call__(self, losses: Tensor, start_loss: Tensor, window: WindowBatch) -> Tensor:
         """The window's meta-loss per slot, (S,).
 
         Args:
             losses: f(θ_1) … f(θ_K), (K, S).
             start_loss: loss at the start of the trajectory, (S,).
-            inner_step: (S,) where in its trajectory each slot stood before the window.
-            horizon: T.
+            window: where in their trajectories the slots are, and what a teacher did there.
         """
-        values = self.transform(losses, start_loss)
-        weights = self.step_weights(horizon)
-        if weights is None:
-            return values.sum(0)
+        values = self.transform(losses, start_loss, window.teacher)
+        inner_step = window.inner_step
         steps = inner_step + torch.arange(len(losses), device=inner_step.device)[:, None]
-        return (values * values.new_tensor(weights)[steps]).sum(0)
+        weights = self.step_weights(steps, window.horizon)
+        return values.sum(0) if weights is None else (values * weights.to(values)).sum(0)
 
 
 class SumLoss(MetaLoss):
     """Σ_t w_t f(θ_t), Andrychowicz et al. 2016, equation 3."""
 
-    def transform(self, losses: Tensor, start_loss: Tensor) -> Tensor:
+    def transform(self, losses: Tensor, start_loss: Tensor, teacher: Tensors) -> Tensor:
         """The losses themselves."""
         return losses
 
@@ -76,11 +92,11 @@ class LastLoss(MetaLoss):
     def __init__(self) -> None:
         super().__init__()
 
-    def step_weights(self, horizon: int) -> tuple[float, ...]:
+    def step_weights(self, steps: Tensor, horizon: Tensor) -> Tensor:
         """Zero but for the last inner step."""
-        return (*[0.0] * (horizon - 1), 1.0)
+        return steps == horizon - 1
 
-    def transform(self, losses: Tensor, start_loss: Tensor) -> Tensor:
+    def transform(self, losses: Tensor, start_loss: Tensor, teacher: Tensors) -> Tensor:
         """The losses themselves."""
         return losses
 
@@ -93,7 +109,7 @@ class LogLoss(MetaLoss):
         check_positive("epsilon", epsilon)
         self.epsilon = epsilon
 
-    def transform(self, losses: Tensor, start_loss: Tensor) -> Tensor:
+    def transform(self, losses: Tensor, start_loss: Tensor, teacher: Tensors) -> Tensor:
         """log(f + ε); losses must not be negative."""
         return (losses + self.epsilon).log()
 
@@ -106,6 +122,31 @@ class NormalizedLoss(MetaLoss):
         check_positive("epsilon", epsilon)
         self.epsilon = epsilon
 
-    def transform(self, losses: Tensor, start_loss: Tensor) -> Tensor:
+    def transform(self, losses: Tensor, start_loss: Tensor, teacher: Tensors) -> Tensor:
         """f / |f(θ_0)|."""
         return losses / (start_loss.abs() + self.epsilon)
+
+
+class RelativeLoss(MetaLoss):
+    """Σ_t w_t f(θ_t) / (|f(θ_t of the teacher)| + ε): below 1 is better than the teacher at that inner step.
+
+    Where NormalizedLoss asks for progress, this asks for more progress than a tuned optimizer makes on that
+    very task, so that hard and easy tasks, and families, count alike. Needs ``data.teacher``.
+    """
+
+    def __init__(self, weights: Sequence[float] | None = None, epsilon: float = 1e-8) -> None:
+        super().__init__(weights)
+        check_positive("epsilon", epsilon)
+        self.epsilon = epsilon
+
+    def check_teacher(self, given: bool) -> None:
+        """Raise ``ValueError`` if there is none."""
+        if not given:
+            raise ValueError(
+                "RelativeLoss compares with a teacher: give data.teacher, an optimizer with the "
+                "hyper-parameters that l2l-scale tune finds, or take NormalizedLoss"
+            )
+
+    def transform(self, losses: Tensor, start_loss: Tensor, teacher: Tensors) -> Tensor:
+        """f / |f of the teacher|."""
+        return losses / (teacher["losses"].abs() + self.epsilon)

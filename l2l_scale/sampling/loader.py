@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 
 from l2l_scale.checks import check_count
 from l2l_scale.sampling.sampler import WindowSampler
-from l2l_scale.unroll import WindowBatch
+from l2l_scale.sampling.seats import Batch, Draw, Seat, SeatBatch, to_batch
 
 
 class WindowLoader:
@@ -16,26 +17,36 @@ class WindowLoader:
     because the loader has a length, Lightning saves it in step with the optimizer.
 
     Args:
-        sampler: draws the windows.
-        slots: the (global) slots of this rank.
+        draw: draws the windows: a :class:`~l2l_scale.sampling.RankSampler`, in this process, or a
+            :class:`~l2l_scale.sampling.pool.SamplerPool`, ahead and in others.
+        seats: of this rank.
         windows_per_epoch: length of an epoch.
+        pin_memory: put batches where a GPU can fetch them while the CPU goes on.
     """
 
-    def __init__(self, sampler: WindowSampler, slots: range, windows_per_epoch: int) -> None:
+    def __init__(
+        self, draw: Draw, seats: Sequence[Seat], windows_per_epoch: int, pin_memory: bool = False
+    ) -> None:
         check_count("windows_per_epoch", windows_per_epoch)
-        check_count("slots", len(slots))
-        self.draw_window, self.slots, self.windows_per_epoch = sampler, slots, windows_per_epoch
+        for seat in seats:
+            check_count("slots", len(seat.slots))
+        self.draw, self.seats, self.windows_per_epoch = draw, tuple(seats), windows_per_epoch
+        self.pin_memory = pin_memory
         self.next_index = 0
+        self.waited = 0.0
+        """Seconds that the trainer has waited for windows so far."""
 
     def __len__(self) -> int:
         return self.windows_per_epoch
 
-    def __iter__(self) -> Iterator[WindowBatch]:
+    def __iter__(self) -> Iterator[Batch]:
         # A resumed epoch ends where the interrupted one would have ended.
         for _ in range(self.windows_per_epoch - self.next_index % self.windows_per_epoch):
-            window = self.draw_window(self.next_index, self.slots)
+            start = time.perf_counter()
+            batch = to_batch(self.seats, self.draw(self.next_index), pin_memory=self.pin_memory)
+            self.waited += time.perf_counter() - start
             self.next_index += 1
-            yield window.to_batch()
+            yield batch
 
     def state_dict(self) -> dict[str, int]:
         """The index of the next window."""
@@ -47,21 +58,24 @@ class WindowLoader:
 
 
 class FixedWindows:
-    """The first windows of some slots, the same ones every time: for validation.
+    """The first windows of some tasks of every family, the same ones every time: for validation.
 
-    No ``DataLoader``, so that Lightning does not deal the windows of a trajectory out over the ranks.
+    All windows of a family come in order, then those of the next. No ``DataLoader``, so that Lightning does
+    not deal the windows of a trajectory out over the ranks.
 
     Args:
-        sampler: draws the windows.
-        slots: the (global) slots, one per task.
-        windows: how many windows.
+        samplers: by the family's name in the mixture.
+        slots: the (global) slots of this rank, one per task; the same of every family.
+        windows: how many windows of each.
     """
 
-    def __init__(self, sampler: WindowSampler, slots: range, windows: int) -> None:
-        self.draw_window, self.slots, self.windows = sampler, slots, windows
+    def __init__(self, samplers: dict[str, WindowSampler], slots: range, windows: int) -> None:
+        self.samplers, self.slots, self.windows = samplers, slots, windows
 
     def __len__(self) -> int:
-        return self.windows
+        return self.windows * len(self.samplers)
 
-    def __iter__(self) -> Iterator[WindowBatch]:
-        return (self.draw_window(index, self.slots).to_batch() for index in range(self.windows))
+    def __iter__(self) -> Iterator[Batch]:
+        for name, sampler in self.samplers.items():
+            for index in range(self.windows):
+                yield (SeatBatch(name, 1.0, sampler(index, self.slots).to_batch()),)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from l2l_scale.checks import check_count
+from l2l_scale.rng import Split
+from l2l_scale.sampling.curriculum import Curriculum
 
 
 class Phase(NamedTuple):
     """Where a slot stands in a window."""
 
     generation: int
-    """The running number of the slot's trajectory."""
+    """The running number of the slot's trajectory; it never falls, but a curriculum may leave gaps."""
     window: int
     """The window within the trajectory, 0 … W − 1."""
+    horizon: int
+    """T = W · K of this trajectory."""
     reset: bool
     """Whether a trajectory starts here."""
 
@@ -24,38 +28,75 @@ class Schedule:
     """Trajectories of ``horizon`` inner steps in windows of ``window``.
 
     Args:
-        horizon: T, inner steps spent on one task.
+        horizon: T, inner steps spent on one task; with a curriculum the horizon that it works towards, which
+            validation and evaluation use.
         window: K, inner steps per window; must divide the horizon.
         staggered: slots stand at different points of their trajectories at any time, which learns faster
             than lockstep and shows φ early and late steps in every meta-step. The first trajectory of
             a slot that starts in the middle is cut short.
+        curriculum: other horizons than this one, by the window counter or at random.
 
     Raises:
-        ValueError: if a number is below 1 or the window does not divide the horizon.
+        ValueError: if a number is below 1 or the window does not divide a horizon.
     """
 
     horizon: int
     window: int
     staggered: bool = True
+    curriculum: Curriculum | None = None
 
     def __post_init__(self) -> None:
         check_count("horizon", self.horizon)
         check_count("window", self.window)
-        if self.horizon % self.window:
-            fits = [w for w in range(1, self.horizon + 1) if self.horizon % w == 0]
-            near = min(fits, key=lambda w: abs(w - self.window))
-            raise ValueError(
-                f"horizon ({self.horizon}) must be a multiple of window ({self.window}); "
-                f"the nearest window that fits is {near}"
-            )
+        check_divides("horizon", self.horizon, self.window)
+        if self.curriculum is not None:
+            for horizon in self.curriculum.horizons(self.window):
+                check_divides("curriculum's horizon", horizon, self.window)
 
     @property
     def windows_per_trajectory(self) -> int:
-        """W."""
+        """W of a trajectory of ``horizon`` inner steps."""
         return self.horizon // self.window
 
-    def phase(self, index: int, slot: int) -> Phase:
-        """Where the (global) slot stands in window ``index``, both counted from 0."""
-        count = self.windows_per_trajectory
-        generation, window = divmod(index + (slot % count if self.staggered else 0), count)
-        return Phase(generation, window, reset=window == 0 or index == 0)
+    @property
+    def horizons(self) -> tuple[int, ...]:
+        """All T that trajectories may have, in rising order."""
+        if self.curriculum is None:
+            return (self.horizon,)
+        return tuple(sorted(set(self.curriculum.horizons(self.window))))
+
+    def plain(self) -> Schedule:
+        """The same in lockstep and without a curriculum: what rules are validated and evaluated on."""
+        return replace(self, staggered=False, curriculum=None)
+
+    def phase(self, index: int, slot: int, seed: int = 0, split: Split = Split.TRAIN) -> Phase:
+        """Where the (global) slot stands in window ``index``, both counted from 0.
+
+        Args:
+            index: the window counter.
+            slot: the slot.
+            seed: of the streams that random horizons are drawn from.
+            split: of these streams.
+        """
+        if self.curriculum is not None:
+            place = self.curriculum.place(index, slot, self.window, self.staggered, seed, split)
+            starts = place.window == 0 or place.restart
+            return Phase(place.generation, place.window, place.horizon, starts)
+        generation, window = cycle(index, slot, self.windows_per_trajectory, self.staggered)
+        return Phase(generation, window, self.horizon, reset=window == 0 or index == 0)
+
+
+def cycle(index: int, slot: int, count: int, staggered: bool) -> tuple[int, int]:
+    """Generation and window of a slot whose trajectories have ``count`` windows each."""
+    return divmod(index + (slot % count if staggered else 0), count)
+
+
+def check_divides(name: str, horizon: int, window: int) -> None:
+    """Raise ``ValueError`` unless a trajectory is made of whole windows."""
+    if horizon % window:
+        fits = [w for w in range(1, horizon + 1) if horizon % w == 0]
+        near = min(fits, key=lambda w: abs(w - window))
+        raise ValueError(
+            f"{name} ({horizon}) must be a multiple of window ({window}); "
+            f"the nearest window that fits is {near}"
+        )

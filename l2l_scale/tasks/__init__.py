@@ -3,6 +3,7 @@
 from l2l_scale.tasks.base import Arrays, TaskFamily, Tensors
 from l2l_scale.tasks.compiled import CompiledFamily
 from l2l_scale.tasks.image import ImageClassifier
+from l2l_scale.tasks.mixture import Member, Mixture
 from l2l_scale.tasks.module import ModuleTask
 from l2l_scale.tasks.quadratic import Quadratic
 from l2l_scale.tasks.test_functions import TestFunction
@@ -11,6 +12,8 @@ __all__ = [
     "Arrays",
     "CompiledFamily",
     "ImageClassifier",
+    "Member",
+    "Mixture",
     "ModuleTask",
     "Quadratic",
     "TaskFamily",

@@ -5,12 +5,14 @@ A checkpoint holds only tensors and plain types, so it loads without executing a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from l2l_scale.deploy import describe_rule
 from l2l_scale.training.data import WindowData
+from l2l_scale.training.ranks import gather_carries
 from l2l_scale.tree import tree_leaves, tree_map, tree_unflatten
 from l2l_scale.unroll import Carry
 
@@ -22,15 +24,17 @@ KEY = "l2l_scale"
 
 def save(checkpoint: dict[str, Any], module: MetaTraining) -> None:
     """Collective. Write the in-flight state of every rank's slots into ``checkpoint``."""
+    carries = gather_carries(module, module.carries)
     checkpoint[KEY] = {
         "rule": describe_rule(module.rule),
-        "family": repr(module.family),
+        "family": repr(module.source),
         "data": _describe_data(module),
         "next_window": module.next_window,
         "windows_lost": module.windows_lost,
         "num_diverged": module.num_diverged,
         "num_skipped": module.num_skipped,
-        "carry": None if module.carry is None else tree_leaves(_gather(module, module.carry)),
+        # None on the ranks that write nothing.
+        "carries": carries and {name: tree_leaves(carry) for name, carry in carries.items()},
     }
 
 
@@ -54,8 +58,8 @@ def load(checkpoint: dict[str, Any], module: MetaTraining) -> None:
         )
     for name in ("next_window", "windows_lost", "num_diverged", "num_skipped"):
         setattr(module, name, saved[name])
-    if saved["carry"] is not None:
-        module.carry = _restore(saved["carry"], module)
+    if saved["carries"]:
+        module.carries = dict(_restore(saved["carries"], module))
 
 
 def first_difference(saved: Any, now: Any, path: str) -> str:
@@ -72,26 +76,23 @@ def first_difference(saved: Any, now: Any, path: str) -> str:
 def _describe_data(module: MetaTraining) -> dict[str, Any]:
     """What the windows depend on; nothing where they do not come from our data module."""
     data = module.trainer.datamodule  # type: ignore[attr-defined]
-    return data.describe(module.trainer.world_size) if isinstance(data, WindowData) else {}
+    return data.describe() if isinstance(data, WindowData) else {}
 
 
-def _gather(module: MetaTraining, carry: Carry) -> Carry:
-    """Collective. The slots of all ranks, in global order."""
-    if module.trainer.world_size == 1:
-        return carry
-
-    def gather(leaf: Tensor) -> Tensor:
-        return module.all_gather(leaf).flatten(0, 1)  # type: ignore[union-attr]
-
-    gathered: Carry = tree_map(gather, carry)
-    return gathered
-
-
-def _restore(leaves: list[Tensor], module: MetaTraining) -> Carry:
+def _restore(carries: dict[str, list[Tensor]], module: MetaTraining) -> Iterator[tuple[str, Carry]]:
     """This rank's slots out of all, with the tree structure that the rule gives its state."""
-    theta = leaves[0]
-    share = len(theta) // module.trainer.world_size
-    own = slice(module.trainer.global_rank * share, (module.trainer.global_rank + 1) * share)
-    like = Carry(theta, module.rule.init_state(theta[:1]), theta, theta)
-    carry: Carry = tree_map(lambda leaf: leaf[own].to(module.device), tree_unflatten(leaves, like))
-    return carry
+    data = module.trainer.datamodule  # type: ignore[attr-defined]
+    if isinstance(data, WindowData):
+        seats = data.seats(module.trainer.global_rank, module.trainer.world_size)
+        starts = {name: slots.start for name, slots in data.mixture.slots(data.slots).items()}
+        own = {
+            seat.member: slice(seat.slots.start - starts[seat.member], seat.slots.stop - starts[seat.member])
+            for seat in seats
+        }
+    else:
+        own = dict.fromkeys(carries, slice(None))
+    for name, place in own.items():
+        theta = carries[name][0]
+        like = Carry(theta, module.rule.init_state(theta[:1]), theta, theta)
+        whole = tree_unflatten(carries[name], like)
+        yield name, tree_map(lambda leaf, place=place: leaf[place].to(module.device), whole)

@@ -2,29 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import lightning as L
 
 from l2l_scale.checks import check_count
+from l2l_scale.optimizers import UpdateRule
 from l2l_scale.rng import Split
-from l2l_scale.sampling import FixedWindows, Schedule, WindowLoader, WindowSampler
-from l2l_scale.tasks import TaskFamily
+from l2l_scale.sampling import (
+    Curriculum,
+    FixedWindows,
+    PoolSettings,
+    RankSampler,
+    Schedule,
+    Seat,
+    Teacher,
+    WindowLoader,
+    WindowSampler,
+    seats_of,
+)
+from l2l_scale.tasks import Mixture, TaskFamily
+from l2l_scale.training.actors import Actors
 
 
 class WindowData(L.LightningDataModule):
     """Windows of sampled tasks.
 
     Args:
-        family: the tasks.
+        family: the tasks, or a mixture of several families.
         horizon: T, inner steps spent on one task.
         window: K, inner steps per window (= per meta-step); must divide the horizon.
-        slots: S, tasks in flight per rank.
+        slots: S, tasks in flight on all ranks together; every rank has as many of them. So the same
+            configuration trains the same rule on any number of ranks that divides it.
         staggered: whether slots stand at different points of their trajectories, which learns faster.
         seed: of the streams of training and validation tasks (their splits keep them apart).
         windows_per_epoch: windows between two validations (and checkpoints).
-        valid_tasks: held-out tasks that choose the checkpoint.
+        valid_tasks: held-out tasks of each family that choose the checkpoint.
+        curriculum: horizons in training that change by the window counter, or at random; validation and
+            evaluation keep ``horizon``.
+        teacher: a hand-designed optimizer that works on every training task too, for a meta-loss that
+            compares with it. Its inner steps are made where windows are drawn.
+        pool: how windows are drawn; in this process if not given.
 
     Raises:
         ValueError: if a number is below 1 or the window does not divide the horizon.
@@ -32,7 +50,7 @@ class WindowData(L.LightningDataModule):
 
     def __init__(
         self,
-        family: TaskFamily,
+        family: TaskFamily | Mixture,
         horizon: int = 100,
         window: int = 20,
         slots: int = 128,
@@ -40,31 +58,75 @@ class WindowData(L.LightningDataModule):
         seed: int = 0,
         windows_per_epoch: int = 100,
         valid_tasks: int = 512,
+        curriculum: Curriculum | None = None,
+        teacher: UpdateRule | None = None,
+        pool: PoolSettings | None = None,
     ) -> None:
         super().__init__()
         check_count("slots", slots)
         check_count("windows_per_epoch", windows_per_epoch)
         check_count("valid_tasks", valid_tasks)
-        self.family = family
-        self.schedule = Schedule(horizon=horizon, window=window, staggered=staggered)
+        self.family, self.mixture = family, Mixture.of(family)
+        self.schedule = Schedule(horizon=horizon, window=window, staggered=staggered, curriculum=curriculum)
         self.slots, self.seed = slots, seed
         self.windows_per_epoch, self.valid_tasks = windows_per_epoch, valid_tasks
+        self.teacher = None if teacher is None else Teacher(teacher)
+        self.pool = PoolSettings() if pool is None else pool
+        self.actors = Actors(self.pool)
+
+    def seats(self, rank: int, world_size: int) -> tuple[Seat, ...]:
+        """What a rank works on.
+
+        Raises:
+            ValueError: if the slots cannot be dealt out evenly.
+        """
+        return seats_of(self.mixture, self.slots, rank, world_size)
+
+    def sampler(self, seats: tuple[Seat, ...]) -> RankSampler:
+        """Draws what a rank works on."""
+        families = self.mixture.for_split(Split.TRAIN).families
+        samplers = tuple(
+            WindowSampler(families[seat.member], self.schedule, self.seed, Split.TRAIN, self.teacher)
+            for seat in seats
+        )
+        return RankSampler(samplers, tuple(seat.slots for seat in seats))
 
     def train_dataloader(self) -> WindowLoader:
-        """The windows of this rank's slots, ``range(rank · S, (rank + 1) · S)``."""
-        rank = 0 if self.trainer is None else self.trainer.global_rank
-        family = self.family.for_split(Split.TRAIN)
-        sampler = WindowSampler(family, self.schedule, self.seed, Split.TRAIN)
-        slots = range(rank * self.slots, (rank + 1) * self.slots)
-        return WindowLoader(sampler, slots, self.windows_per_epoch)
+        """Collective, if there are actors. The windows of this rank's slots."""
+        rank, world_size, on_gpu = 0, 1, False
+        if self.trainer is not None:
+            rank, world_size = self.trainer.global_rank, self.trainer.world_size
+            on_gpu = self.trainer.strategy.root_device.type == "cuda"
+        seats = self.seats(rank, world_size)
+        sampler = self.sampler(seats)
+        draw = self.actors.start(sampler, self.trainer) if self.pool.num_actors else sampler
+        return WindowLoader(draw, seats, self.windows_per_epoch, pin_memory=on_gpu)
 
     def val_dataloader(self) -> FixedWindows:
-        """One trajectory on every validation task, in lockstep; the same every time and on every rank."""
-        lockstep = replace(self.schedule, staggered=False)
-        sampler = WindowSampler(self.family.for_split(Split.VALID), lockstep, self.seed, Split.VALID)
-        return FixedWindows(sampler, range(self.valid_tasks), lockstep.windows_per_trajectory)
+        """One trajectory on every validation task, in lockstep; the same every time. Ranks share them.
 
-    def describe(self, world_size: int) -> dict[str, Any]:
+        Each rank has as many; where that does not come out even, the last ones are beyond ``valid_tasks``.
+        """
+        rank, world_size = 0, 1
+        if self.trainer is not None:
+            rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        share, plain = -(-self.valid_tasks // world_size), self.schedule.plain()
+        families = self.mixture.for_split(Split.VALID).families
+        samplers = {
+            name: WindowSampler(family, plain, self.seed, Split.VALID) for name, family in families.items()
+        }
+        return FixedWindows(samplers, range(rank * share, (rank + 1) * share), plain.windows_per_trajectory)
+
+    def teardown(self, stage: str) -> None:
+        """Collective, if there are actors. End them."""
+        if self.trainer is not None:
+            self.actors.stop_together(self.trainer)
+
+    def on_exception(self, exception: BaseException) -> None:
+        """End the actors, after an error and on Ctrl-C too."""
+        self.actors.stop()
+
+    def describe(self) -> dict[str, Any]:
         """What the stream of windows depends on; a run can only be resumed with the same."""
         schedule = self.schedule
         return {
@@ -72,6 +134,8 @@ class WindowData(L.LightningDataModule):
             "horizon": schedule.horizon,
             "window": schedule.window,
             "staggered": schedule.staggered,
-            "slots of all ranks": self.slots * world_size,
+            "curriculum": repr(schedule.curriculum),
+            "teacher": repr(self.teacher),
+            "slots": self.slots,
             "seed": self.seed,
         }

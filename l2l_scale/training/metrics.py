@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+import time
+from typing import Any, NamedTuple
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
+from l2l_scale.sampling import WindowLoader
 from l2l_scale.training.module import MetaTraining, StepOutput
 
 
@@ -21,47 +23,76 @@ class TrajectoryMetrics(Callback):
     - ``train/update_rms``: root mean square of the last updates;
     - ``train/diverged``: share of slots that diverged in the window;
 
-    - ``train/num_diverged``: how many times a slot diverged since the start of the run;
+    of a mixture for each family (``train/loss/NAME``, …), and
+
+    - ``train/num_diverged``: how many times a slot diverged since the start of the run, on this rank;
     - ``train/num_skipped``: how many meta-steps were dropped because their gradient was not finite;
     - ``train/grad_norm``: norm of the last gradient of φ, before clipping;
-    - ``train/learning_rate``: of Adam on φ.
+    - ``train/learning_rate``: of Adam on φ;
+    - ``train/waited``: share of the time since the last line that the trainer waited for windows.
 
     A slot that diverged starts again at once, in the middle of its scheduled trajectory; until the next
     one it counts under the schedule's inner step, not its own.
     """
+
+    def __init__(self) -> None:
+        self.last = Clock(0.0, 0.0)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self.last = Clock.of(trainer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the window that was just trained on."""
         assert isinstance(pl_module, MetaTraining)
-        if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        every = trainer.log_every_n_steps * trainer.accumulate_grad_batches  # type: ignore[attr-defined]
+        if pl_module.next_window % every:
             return
-        window: StepOutput = outputs["window"]
+        now = Clock.of(trainer)
+        windows: tuple[StepOutput, ...] = outputs["windows"]
         metrics = {
-            **trajectory_metrics(window),
+            **{name: value for window in windows for name, value in trajectory_metrics(window).items()},
             "train/num_diverged": float(pl_module.num_diverged),
             "train/num_skipped": float(pl_module.num_skipped),
             "train/grad_norm": float(pl_module.grad_norm),
             "train/learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+            "train/waited": (now.waited - self.last.waited) / max(now.seconds - self.last.seconds, 1e-9),
         }
+        self.last = now
         # Past Lightning's self.log: that counts batches in its own way, one off in a resumed run.
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
-        pl_module.log("loss", metrics["train/loss"], prog_bar=True, logger=False)
+        pl_module.log("loss", float(outputs["loss"]), prog_bar=True, logger=False, batch_size=1)
+
+
+class Clock(NamedTuple):
+    """A moment of a run."""
+
+    seconds: float
+    waited: float
+    """Seconds that the trainer has waited for windows until then."""
+
+    @classmethod
+    def of(cls, trainer: L.Trainer) -> Clock:
+        """Now."""
+        loader = trainer.train_dataloader
+        return cls(time.perf_counter(), loader.waited if isinstance(loader, WindowLoader) else 0.0)
 
 
 def trajectory_metrics(window: StepOutput) -> dict[str, float]:
-    """The numbers of one window, over the slots that did not diverge."""
-    alive = ~window.diverged
+    """The numbers of one family's window, over the slots that did not diverge."""
+    alive, suffix = ~window.diverged, f"/{window.member}" if window.member else ""
     metrics = {
-        "train/diverged": float(window.diverged.float().mean()),
-        "train/loss": float(window.losses[:, alive].mean()),
-        "train/update_rms": float(window.update_rms[alive].mean()),
+        f"train/diverged{suffix}": float(window.diverged.float().mean()),
+        f"train/loss{suffix}": float(window.losses[:, alive].mean()),
+        f"train/update_rms{suffix}": float(window.update_rms[alive].mean()),
     }
     for start in sorted(set(window.inner_step.tolist())):
         here = alive & (window.inner_step == start)
-        metrics[f"train/loss_at/{start + len(window.losses)}"] = float(window.losses[-1, here].mean())
+        loss = float(window.losses[-1, here].mean())
+        metrics[f"train/loss_at/{start + len(window.losses)}{suffix}"] = loss
     return metrics
 
 

@@ -17,16 +17,21 @@ from l2l_scale.evaluation.curves import stay_astray
 from l2l_scale.optimizers import UpdateRule
 from l2l_scale.optimizers.backend import Accelerated, Backend, accelerate, check_backend
 from l2l_scale.rng import Split
-from l2l_scale.tasks import CompiledFamily, TaskFamily
+from l2l_scale.sampling import Batch
+from l2l_scale.tasks import CompiledFamily, Mixture, TaskFamily
 from l2l_scale.training import checkpoint as inflight
 from l2l_scale.training.data import WindowData
+from l2l_scale.training.ranks import all_slots, check_same_phi
+from l2l_scale.training.validation import validation_metrics
 from l2l_scale.tree import tree_detach
 from l2l_scale.unroll import Carry, InnerGradient, Rollout, WindowBatch, begin, unroll
 
 
 class StepOutput(NamedTuple):
-    """What a training window shows to callbacks; all without graph."""
+    """What a training window of one family shows to callbacks; all without graph."""
 
+    member: str
+    """The family's name in the mixture."""
     losses: Tensor
     """f(θ_1) … f(θ_K), (K, S)."""
     inner_step: Tensor
@@ -42,7 +47,7 @@ class MetaTraining(L.LightningModule):
 
     Args:
         rule: the update rule to be trained.
-        family: the tasks that it is trained on.
+        family: the tasks that it is trained on, or a mixture of several families.
         estimator: of the meta-gradient; first-order truncated BPTT if not given.
         learning_rate: of Adam on φ.
         final_fraction: share of the learning rate that is left at the last meta-step; it falls along a
@@ -60,7 +65,7 @@ class MetaTraining(L.LightningModule):
     def __init__(
         self,
         rule: UpdateRule,
-        family: TaskFamily,
+        family: TaskFamily | Mixture,
         estimator: GradientEstimator | None = None,
         learning_rate: float = 3e-3,
         final_fraction: float = 0.03,
@@ -74,9 +79,11 @@ class MetaTraining(L.LightningModule):
         check_range("final_fraction", final_fraction, 0, 1)
         check_backend(backend)
         self.rule = rule
-        train_family = family.for_split(Split.TRAIN)
-        self.family = CompiledFamily(train_family) if compile_tasks else train_family
-        self.valid_family = family.for_split(Split.VALID)
+        self.source, self.mixture = family, Mixture.of(family)
+        self.families: dict[str, TaskFamily] = dict(self.mixture.for_split(Split.TRAIN).families)
+        if compile_tasks:
+            self.families = {name: CompiledFamily(one) for name, one in self.families.items()}
+        self.valid_families: dict[str, TaskFamily] = dict(self.mixture.for_split(Split.VALID).families)
         self.estimator = TruncatedBPTT() if estimator is None else estimator
         if compile_tasks and isinstance(self.estimator, TruncatedBPTT) and self.estimator.second_order:
             raise ValueError(
@@ -85,16 +92,16 @@ class MetaTraining(L.LightningModule):
             )
         self.learning_rate, self.final_fraction = learning_rate, final_fraction
         self.backend, self.divergence_patience = backend, divergence_patience
-        self.accelerated = Accelerated(rule, "eager")
-        # In-flight state. Not buffers: DDP would overwrite every rank's slots with those of rank 0.
-        self.carry: Carry | None = None
+        self.accelerated = {name: Accelerated(rule, "eager") for name in self.families}
+        # In-flight state by family. Not buffers: DDP would overwrite every rank's slots with those of rank 0.
+        self.carries: dict[str, Carry] = {}
         self.next_window = 0
         self.windows_lost = 0
         self.num_diverged = 0
         self.num_skipped = 0
         self.grad_norm = torch.tensor(torch.nan)
         self.valid_carry: Carry | None = None
-        self.valid_losses: list[Tensor] = []
+        self.valid_losses: dict[str, list[Tensor]] = {}
 
         describe_rule(rule)  # a rule that no file can describe is refused now, not at the first checkpoint
 
@@ -111,30 +118,41 @@ class MetaTraining(L.LightningModule):
             )
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, WindowData):
-            self.estimator.check_horizon(data.schedule.horizon)
+            self.estimator.check_horizons(data.schedule.horizons)
+            self.estimator.check_teacher(data.teacher is not None)
 
     def on_fit_start(self) -> None:
         """Put resident data on the device, and choose how the rule is computed there."""
-        self.family.prepare(self.device)
-        self.valid_family.prepare(self.device)
         dtype = torch.float64 if self.trainer.precision == "64-true" else torch.float32
-        rule = self.rule.for_spec(self.family.spec)
-        self.accelerated = accelerate(rule, self.backend, self.device, dtype)
-        self.estimator.check_rule(self.accelerated.rule)
+        for name, family in self.families.items():
+            family.prepare(self.device)
+            self.valid_families[name].prepare(self.device)
+            rule = self.rule.for_spec(family.spec)
+            self.accelerated[name] = accelerate(rule, self.backend, self.device, dtype)
+            self.estimator.check_rule(self.accelerated[name].rule)
 
-    def training_step(self, batch: WindowBatch, batch_idx: int) -> dict[str, Any]:
-        """Unroll one window; Lightning does the backward pass and the meta-step."""
-        assert batch.window_index == self.next_window, (batch.window_index, self.next_window)
-        rule, carry = self.accelerated.rule, begin(self.rule, batch, self.carry)
-        self.carry = None  # large optimizees: the old state must not be held beside the new one
-        estimate = self.estimator(rule, self.family, carry, batch)
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Unroll one window of every family; Lightning does the backward pass and the meta-step."""
+        surrogates, outputs = zip(*(self._train_seat(*seat) for seat in batch), strict=True)
+        surrogate = torch.stack(surrogates).sum()
+        self.next_window = batch[0].window.window_index + 1
+        diverged = [int(output.diverged.sum()) for output in outputs]
+        self.num_diverged += sum(diverged)
+        all_lost = sum(diverged) == sum(len(output.diverged) for output in outputs)
+        self._stop_if_lost(all_lost or not bool(surrogate.isfinite()))
+        return {"loss": surrogate, "windows": outputs}
+
+    def _train_seat(self, name: str, weight: float, window: WindowBatch) -> tuple[Tensor, StepOutput]:
+        """Unroll the slots of one family; their contribution to the meta-loss, and what they did."""
+        assert window.window_index == self.next_window, (window.window_index, self.next_window)
+        # Taken out: with large optimizees the old state must not be held beside the new one.
+        carry = begin(self.rule, window, self.carries.pop(name, None))
+        estimate = self.estimator(self.accelerated[name].rule, self.families[name], carry, window)
         rollout: Rollout = tree_detach(estimate.rollout)
-        self.carry, self.next_window = rollout.carry, batch.window_index + 1
-        diverged = int(rollout.carry.diverged.sum())
-        self.num_diverged += diverged
-        self._stop_if_lost(diverged == len(rollout.carry.theta) or not bool(estimate.surrogate.isfinite()))
-        output = StepOutput(rollout.losses, batch.inner_step, rollout.carry.diverged, rollout.update_rms)
-        return {"loss": estimate.surrogate, "window": output}
+        self.carries[name] = rollout.carry
+        diverged = rollout.carry.diverged
+        output = StepOutput(name, rollout.losses, window.inner_step, diverged, rollout.update_rms)
+        return weight * estimate.surrogate, output
 
     def _stop_if_lost(self, lost: bool) -> None:
         self.windows_lost = self.windows_lost + 1 if lost else 0
@@ -172,24 +190,30 @@ class MetaTraining(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_validation_epoch_start(self) -> None:
-        """Start all validation trajectories afresh."""
-        self.valid_carry, self.valid_losses = None, []
+        """Collective. Start all validation trajectories afresh; all ranks must have the same φ."""
+        self.valid_carry, self.valid_losses = None, {}
+        check_same_phi(self)
 
-    def validation_step(self, batch: WindowBatch, batch_idx: int) -> None:
-        """One window of the held-out tasks; what diverged stays astray."""
-        carry = begin(self.rule, batch, self.valid_carry, restart_diverged=False)
-        rollout = unroll(self.accelerated.rule, self.valid_family, carry, batch, InnerGradient.NONE)
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """One window of the held-out tasks of one family; what diverged stays astray."""
+        ((name, _, window),) = batch
+        carry = None if window.window_index == 0 else self.valid_carry
+        carry = begin(self.rule, window, carry, restart_diverged=False)
+        rule, family = self.accelerated[name].rule, self.valid_families[name]
+        rollout = unroll(rule, family, carry, window, InnerGradient.NONE)
         self.valid_carry = rollout.carry
-        self.valid_losses.append(rollout.losses)
+        self.valid_losses.setdefault(name, []).append(rollout.losses)
 
     def on_validation_epoch_end(self) -> None:
-        """Log what the trajectories of the held-out tasks came to."""
-        losses = stay_astray(torch.cat(self.valid_losses))
-        self.valid_carry, self.valid_losses = None, []  # large optimizees: not beside the next windows
+        """Collective. Log what the trajectories of the held-out tasks of all ranks came to."""
+        curves = {
+            name: stay_astray(all_slots(self, torch.cat(windows)))
+            for name, windows in self.valid_losses.items()
+        }
+        self.valid_carry, self.valid_losses = None, {}  # large optimizees: not beside the next windows
         self.log("step", float(self.global_step))  # Lightning's own count is one off in a resumed run
-        self.log("valid/sum", losses.sum(0).mean(), sync_dist=True)
-        self.log("valid/final", losses[-1].mean(), prog_bar=True, sync_dist=True)
-        self.log("valid/final_median", losses[-1].median(), sync_dist=True)
+        for name, value in validation_metrics(curves, self.mixture.weights).items():
+            self.log(name, value, prog_bar=name == "valid/final")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Collective. Add the in-flight state of all ranks' slots, and what the rule is."""

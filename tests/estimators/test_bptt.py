@@ -136,11 +136,9 @@ def textbook_gradient(
             update, state = rule(grad.detach() if detach else grad, theta, state)
             theta = theta + update
         begun = losses[0].detach() if start.start_loss[slot].isnan() else start.start_loss[slot]
-        step = batch.inner_step[slot : slot + 1]
-        total = (
-            total
-            + meta_loss(torch.stack(losses[1:])[:, None], begun[None], step, batch.horizon).sum() / slots
-        )
+        window = batch._replace(inner_step=batch.inner_step[slot : slot + 1])
+        values = meta_loss(torch.stack(losses[1:])[:, None], begun[None], window)
+        total = total + values.sum() / slots
     return total.detach(), phi_gradient(rule, total)
 
 

@@ -49,7 +49,7 @@ def gradient(
     draw: Draw | None,
 ) -> Tensor:
     rollout = unroll(rule, family, carry, batch, InnerGradient.FIRST_ORDER, draw=draw)
-    values = meta_loss(rollout.losses, rollout.carry.start_loss, batch.inner_step, batch.horizon)
+    values = meta_loss(rollout.losses, rollout.carry.start_loss, batch)
     return phi_gradient(rule, values.sum())
 
 

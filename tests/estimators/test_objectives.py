@@ -5,18 +5,29 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import draw_windows
 
-from l2l_scale.estimators import LastLoss, LogLoss, MetaLoss, NormalizedLoss, SumLoss
+from l2l_scale.estimators import LastLoss, LogLoss, MetaLoss, NormalizedLoss, RelativeLoss, SumLoss
+from l2l_scale.sampling import Schedule
+from l2l_scale.tasks import Quadratic
+from l2l_scale.unroll import WindowBatch
 
 RNG = np.random.default_rng(0)
 LOSSES = RNG.random((3, 4)) + 0.1
 START = RNG.random(4) * 10 - 5
+TEACHER = RNG.random((3, 4)) - 0.5
 INNER_STEP = np.array([0, 3, 6, 3])
 WEIGHTS = [0.0, 1.0, 2.0, 0.5, 0.25, 0.0, 3.0, 4.0, 0.0]
 
 
 def value(meta_loss: MetaLoss, losses: np.ndarray = LOSSES) -> np.ndarray:
-    return meta_loss(torch.tensor(losses), torch.tensor(START), torch.tensor(INNER_STEP), 9).numpy()
+    return meta_loss(torch.tensor(losses), torch.tensor(START), window(INNER_STEP)).numpy()
+
+
+def window(inner_step: np.ndarray) -> WindowBatch:
+    """Where in trajectories of 9 inner steps the slots stand, and what the teacher did there."""
+    (batch,) = draw_windows(Quadratic(dimension=2), Schedule(horizon=9, window=3), 1)
+    return batch._replace(inner_step=torch.tensor(inner_step), teacher={"losses": torch.tensor(TEACHER)})
 
 
 TRANSFORMED = [
@@ -25,6 +36,8 @@ TRANSFORMED = [
     (LogLoss, {"epsilon": 0.5}, np.log(LOSSES + 0.5)),
     (NormalizedLoss, {}, LOSSES / (np.abs(START) + 1e-8)),
     (NormalizedLoss, {"epsilon": 0.5}, LOSSES / (np.abs(START) + 0.5)),
+    (RelativeLoss, {}, LOSSES / (np.abs(TEACHER) + 1e-8)),
+    (RelativeLoss, {"epsilon": 0.5}, LOSSES / (np.abs(TEACHER) + 0.5)),
 ]
 
 
@@ -51,7 +64,18 @@ def test_the_last_loss_alone_counts_only_in_the_last_window() -> None:
 @pytest.mark.parametrize("number", [8, 10])
 def test_weights_of_another_horizon_are_refused(number: int) -> None:
     with pytest.raises(ValueError, match=rf"weights \({number} numbers\) must have one number per .*\(9\)"):
-        value(SumLoss([1.0] * number))
+        SumLoss([1.0] * number).check_horizons([9])
+    with pytest.raises(ValueError, match=r"horizon \(18\)"):
+        SumLoss([1.0] * 9).check_horizons([9, 18])
+    SumLoss([1.0] * 9).check_horizons([9])
+    SumLoss().check_horizons([9, 18])
+
+
+def test_a_meta_loss_that_compares_needs_a_teacher() -> None:
+    with pytest.raises(ValueError, match=r"data\.teacher"):
+        RelativeLoss().check_teacher(given=False)
+    RelativeLoss().check_teacher(given=True)
+    SumLoss().check_teacher(given=False)
 
 
 def test_unit_weights_are_the_default() -> None:
@@ -60,8 +84,8 @@ def test_unit_weights_are_the_default() -> None:
 
 def test_values_of_windows_add_up_to_the_trajectory() -> None:
     meta_loss, losses, start = SumLoss(WEIGHTS), torch.tensor(RNG.random((9, 1))), torch.ones(1)
-    whole = meta_loss(losses, start, torch.tensor([0]), 9)
-    parts = [meta_loss(losses[k : k + 3], start, torch.tensor([k]), 9) for k in (0, 3, 6)]
+    whole = meta_loss(losses, start, window(np.array([0])))
+    parts = [meta_loss(losses[k : k + 3], start, window(np.array([k]))) for k in (0, 3, 6)]
     assert abs(float(sum(parts) - whole)) <= 1e-14
 
 

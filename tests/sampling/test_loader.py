@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 from conftest import Regression
 
 from l2l_scale.rng import Split
-from l2l_scale.sampling import FixedWindows, Schedule, WindowLoader, WindowSampler
+from l2l_scale.sampling import FixedWindows, RankSampler, Schedule, Seat, WindowLoader, WindowSampler
+from l2l_scale.sampling.seats import Pieces
+from l2l_scale.tasks import Quadratic
 from l2l_scale.tree import tree_leaves
 from l2l_scale.unroll import WindowBatch
 
@@ -16,14 +19,14 @@ SLOTS = range(4, 7)
 
 
 def make_loader() -> WindowLoader:
-    return WindowLoader(SAMPLER, SLOTS, windows_per_epoch=5)
+    return WindowLoader(RankSampler((SAMPLER,), (SLOTS,)), [Seat("", SLOTS, 1.0)], windows_per_epoch=5)
 
 
 def epochs(loader: WindowLoader, count: int) -> Iterator[tuple[int, WindowBatch]]:
     """(epoch, batch) for so many epochs."""
     for epoch in range(count):
-        for batch in loader:
-            yield epoch, batch
+        for ((_, _, window),) in loader:
+            yield epoch, window
 
 
 def same(ours: WindowBatch, theirs: WindowBatch) -> bool:
@@ -80,12 +83,28 @@ def test_state_is_ahead_by_exactly_the_batches_that_were_handed_out() -> None:
 )
 def test_bad_sizes_are_refused(slots: range, windows_per_epoch: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        WindowLoader(SAMPLER, slots, windows_per_epoch)
+        WindowLoader(RankSampler((SAMPLER,), (slots,)), [Seat("", slots, 1.0)], windows_per_epoch)
 
 
 def test_validation_has_the_same_windows_every_time() -> None:
-    windows = FixedWindows(SAMPLER, SLOTS, 3)
-    assert len(windows) == 3
+    other = WindowSampler(Quadratic(dimension=2), SAMPLER.schedule, 3, Split.TRAIN)
+    windows = FixedWindows({"a": SAMPLER, "b": other}, SLOTS, 3)
+    assert len(windows) == 6
     for _ in range(2):
-        for index, window in enumerate(windows):
-            assert same(window, SAMPLER(index, SLOTS).to_batch())
+        for position, ((name, _, window),) in enumerate(windows):
+            sampler, index = (SAMPLER, other)[position // 3], position % 3
+            assert name == "ab"[position // 3]
+            assert same(window, sampler(index, SLOTS).to_batch())
+
+
+def test_time_that_the_trainer_waits_is_counted() -> None:
+    draw = RankSampler((SAMPLER,), (SLOTS,))
+
+    def slowly(index: int) -> Pieces:
+        time.sleep(0.01)
+        return draw(index)
+
+    loader = WindowLoader(slowly, [Seat("", SLOTS, 1.0)], windows_per_epoch=5)
+    for _ in loader:
+        time.sleep(0.001)
+    assert 0.05 <= loader.waited < 0.5

@@ -13,7 +13,7 @@ LOCKSTEP = Schedule(horizon=12, window=3, staggered=False)
 
 def test_lockstep_slots_stand_together_and_reset_every_trajectory() -> None:
     assert LOCKSTEP.windows_per_trajectory == 4
-    expected = [Phase(index // 4, index % 4, index % 4 == 0) for index in range(12)]
+    expected = [Phase(index // 4, index % 4, 12, index % 4 == 0) for index in range(12)]
     for slot in (0, 1, 7):
         assert [LOCKSTEP.phase(index, slot) for index in range(12)] == expected
 
@@ -46,7 +46,9 @@ def test_phase_is_a_function_of_index_and_slot_alone() -> None:
 
 def test_one_window_per_trajectory_resets_always() -> None:
     schedule = Schedule(horizon=5, window=5)
-    assert [schedule.phase(index, 3) for index in range(3)] == [Phase(index, 0, True) for index in range(3)]
+    assert [schedule.phase(index, 3) for index in range(3)] == [
+        Phase(index, 0, 5, True) for index in range(3)
+    ]
 
 
 @pytest.mark.parametrize(

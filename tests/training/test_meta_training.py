@@ -93,7 +93,7 @@ def test_resumed_run_equals_undisturbed_run_bit_for_bit(tmp_path, name, after):
     assert resumed.next_window == straight.next_window == 11
     for a, b in zip(straight.rule.parameters(), resumed.rule.parameters(), strict=True):
         assert torch.equal(a, b)
-    for a, b in zip(tree_leaves(straight.carry), tree_leaves(resumed.carry), strict=True):
+    for a, b in zip(tree_leaves(straight.carries), tree_leaves(resumed.carries), strict=True):
         assert torch.equal(a, b)
     adam, adam_again = (t.optimizers[0].state_dict()["state"] for t in (trainer, again))
     for key in adam:
@@ -221,7 +221,7 @@ def test_falling_rate_needs_a_number_of_meta_steps(tmp_path):
 @pytest.mark.parametrize("backend", ["eager", "auto"])
 def test_loss_in_training_and_in_evaluation_agree_on_the_same_tasks(family, backend):
     data = WindowData(family, horizon=20, window=5, slots=6, staggered=False)
-    batch = next(iter(data.train_dataloader()))
+    ((_, _, batch),) = next(iter(data.train_dataloader()))
     torch.manual_seed(0)
     rule = CoordinatewiseLSTM(hidden_size=4, layers=1)
     trained = accelerate(rule, backend, torch.device("cpu"), torch.float32).rule
@@ -242,7 +242,7 @@ def test_rules_are_bound_to_the_parameter_groups_of_the_family(tmp_path):
     fit(tmp_path, 2, module, data=WindowData(family, **settings))
     values = torch.arange(family.spec.size, dtype=torch.float32)[:, None]
     held_out = HeldOut(family=family, seed=0, split=Split.TUNE, num_tasks=1, inner_steps=1)
-    for bound in (module.accelerated.rule, held_out.accelerate(rule)):
+    for bound in (module.accelerated[""].rule, held_out.accelerate(rule)):
         means = bound.computing.mean(values).flatten()
         weights = torch.cat([means[part] for part in family.spec.groups["linear"]])
         biases = torch.cat([means[part] for part in family.spec.groups["bias"]])

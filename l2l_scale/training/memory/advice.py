@@ -98,12 +98,13 @@ def _smaller(
     backend: Backend | None = None,
 ) -> Iterator[str]:
     """The largest count of slots or tasks that fits, found by steps that overshoot less and less."""
+    step = machine.world_size * len(data.mixture.members) if option == "data.slots" else 1
     for _ in range(4):
         usage = tight(prediction)[1]
         assert usage.available is not None
         fixed = usage.ranks * sum(usage.parts.get(part, 0) for part in _FIXED)
         room = (usage.available - fixed) / max(usage.total - fixed, 1)
-        count = int(0.95 * room * count)
+        count = int(0.95 * room * count) // step * step  # as many on every rank
         if count < 1:
             return
         smaller = copy(data)
@@ -111,8 +112,8 @@ def _smaller(
         prediction = predict(model, smaller, machine, backend)
         if prediction.fits:
             extra = " --model.backend fused" if backend else ""
-            nodes = ", more nodes make up for it" if option == "data.slots" else ""
-            yield f"--{option} {count}{extra} ({human(tight(prediction)[1].total)}{nodes})"
+            more = ", or more ranks" if option == "data.slots" else ""
+            yield f"--{option} {count}{extra} ({human(tight(prediction)[1].total)}{more})"
             return
 
 

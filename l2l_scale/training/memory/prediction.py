@@ -10,12 +10,19 @@ import torch
 
 from l2l_scale.optimizers.backend import Backend
 from l2l_scale.rng import Split
-from l2l_scale.tasks import ImageClassifier
+from l2l_scale.tasks import ImageClassifier, TaskFamily
 from l2l_scale.training.data import WindowData
 from l2l_scale.training.memory.hollow import choose_kernel, workspace_bytes
 from l2l_scale.training.memory.limits import device_available, host_available, resident_bytes
-from l2l_scale.training.memory.live_bytes import LiveBytes, Place, severity
-from l2l_scale.training.memory.rehearsal import CHECKPOINT, TRAINING, VALIDATION, rehearse
+from l2l_scale.training.memory.live_bytes import LiveBytes, Place, Tag, severity
+from l2l_scale.training.memory.rehearsal import (
+    CHECKPOINT,
+    TRAINING,
+    VALIDATION,
+    coordinates_of,
+    largest_seats,
+    rehearse,
+)
 from l2l_scale.training.module import MetaTraining
 
 FIRST_USE = 13_000_000
@@ -23,6 +30,8 @@ FIRST_USE = 13_000_000
 products, imports."""
 CUDA_CONTEXT = {"host": 800_000_000, "device": 600_000_000}
 """Estimates, not measured: what CUDA and its libraries take."""
+RAY, ACTOR = 500_000_000, 350_000_000
+"""What a Ray of our own takes, and each actor once it has imported torch (measured)."""
 _CONTEXT = "CUDA context (estimate)"
 
 
@@ -99,26 +108,27 @@ def predict(
     Raises:
         ValueError: if no kernel computes the rule with that backend, or a meta-loss is for another horizon.
     """
-    model.estimator.check_horizon(data.schedule.horizon)
+    model.estimator.check_horizons(data.schedule.horizons)
     decoded = decoded_bytes(data)  # before the process is measured: describing data imports libraries
     process = resident_bytes() + FIRST_USE
     backend = model.backend if backend is None else backend
     on_cpu = machine.device.type == "cpu"
     choice = choose_kernel(model.rule, backend, machine.device, machine.dtype)
+    coordinates = coordinates_of(data, largest_seats(data, machine.world_size))
     live = LiveBytes(shared=on_cpu)
-    state = rehearse(model, data, choice.compute, machine.dtype, live, machine.world_size)
-    parts = Counter({"process itself": process, "data set": decoded})
+    ranks = machine.world_size, machine.ranks_per_node
+    state = rehearse(model, data, choice.compute, machine.dtype, live, *ranks)
+    parts = Counter({"process itself": process, "data set": decoded, **pool_bytes(data, live)})
     if not on_cpu:
         parts[_CONTEXT] = CUDA_CONTEXT["host"]
     elif choice.program is not None:
-        sizes = data.slots * data.family.spec.size, data.schedule.window
+        sizes = max(coordinates), data.schedule.window
         parts["kernel workspace"] = workspace_bytes(choice.program, *sizes, machine.dtype)
     host = _usage(live, "host", parts, state if on_cpu else 0, machine.ranks_per_node, host_available())
     device = None if on_cpu else _device_usage(live, state, machine)
     window = live.peak["host" if on_cpu else "device", TRAINING]
     used = sum(size for tag, size in window.items() if tag.part in ("window", "slots"))
-    steps = data.slots * data.family.spec.size * data.schedule.window
-    return Prediction(host, device, choice.description, used / steps)
+    return Prediction(host, device, choice.description, used / (sum(coordinates) * data.schedule.window))
 
 
 def _device_usage(live: LiveBytes, state: int, machine: Machine) -> Usage:
@@ -147,10 +157,23 @@ def _usage(
     return Usage({part: size for part, size in parts.items() if size > 0}, ranks, worst, available)
 
 
+def pool_bytes(data: WindowData, live: LiveBytes) -> dict[str, int]:
+    """What the actors of a rank take: their processes, and the windows that are drawn ahead."""
+    pool = data.pool
+    if pool.num_actors == 0:
+        return {}
+    window = live.peak.get(("host", TRAINING), Counter())[Tag("host", "drawn windows")]
+    return {"sampling actors (estimate)": RAY + pool.num_actors * ACTOR + pool.depth * window}
+
+
 def decoded_bytes(data: WindowData) -> int:
     """What a data set keeps in the host's memory besides the tensors on the device."""
-    if not isinstance(data.family, ImageClassifier):
-        _ = data.family.spec
+    return sum(_decoded_bytes(family) for family in data.mixture.families.values())
+
+
+def _decoded_bytes(family: TaskFamily) -> int:
+    if not isinstance(family, ImageClassifier):
+        _ = family.spec
         return 0
-    images = [data.family.for_split(split).images for split in (Split.TRAIN, Split.VALID)]
+    images = [family.for_split(split).images for split in (Split.TRAIN, Split.VALID)]
     return sum(info.size * torch.Size(info.shape).numel() for info in images)

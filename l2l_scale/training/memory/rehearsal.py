@@ -19,7 +19,7 @@ from torch import Tensor
 from l2l_scale.optimizers import UpdateRule
 from l2l_scale.optimizers.backend import Accelerated
 from l2l_scale.rng import Split
-from l2l_scale.sampling import WindowSampler
+from l2l_scale.sampling import Seat, SeatBatch, WindowSampler
 from l2l_scale.training.data import WindowData
 from l2l_scale.training.memory.live_bytes import META, RESIDENT, LiveBytes, Tag
 from l2l_scale.training.module import MetaTraining
@@ -38,6 +38,7 @@ def rehearse(
     dtype: torch.dtype,
     live: LiveBytes,
     world_size: int,
+    ranks_per_node: int,
 ) -> int:
     """Rehearse a window of training, validation, a second window, and a checkpoint.
 
@@ -48,6 +49,7 @@ def rehearse(
         dtype: of θ.
         live: counts.
         world_size: ranks, whose slots a checkpoint gathers.
+        ranks_per_node: that share the memory of the rank which writes it.
 
     Returns:
         bytes of what survives a window.
@@ -55,18 +57,37 @@ def rehearse(
     never = 1 << 62  # losses without content look like divergence
     module = _Module(deepcopy(model.rule), data.family, model.estimator, divergence_patience=never)
     module.to(META, dtype)
+    seats = largest_seats(data, world_size)
+    tasks = -(-data.valid_tasks // world_size)
     with live:
-        module.accelerated = accelerate(module.rule.for_spec(module.family.spec))
+        for name, family in module.families.items():
+            module.accelerated[name] = accelerate(module.rule.for_spec(family.spec))
         with live.counting(RESIDENT):
-            module.family.prepare(META)
-            module.valid_family.prepare(META)
+            for seat in seats:
+                module.families[seat.member].prepare(META)
+            for valid_family in module.valid_families.values():
+                valid_family.prepare(META)
         adam = _start_adam(module, live)
-        draw = _Draw(live, data, Split.TRAIN, data.slots, dtype)
-        _train(module, adam, draw, 0, live)
-        _validate(module, _Draw(live, data, Split.VALID, data.valid_tasks, dtype), data, live)
-        size = _train(module, adam, draw, 1, live)
-        _checkpoint(module.carry, live, world_size)
+        draws = [
+            _Draw(live, data, Split.TRAIN, seat.member, len(seat.slots), seat.weight, dtype) for seat in seats
+        ]
+        _train(module, adam, draws, 0, live)
+        for name in module.valid_families:
+            _validate(module, _Draw(live, data, Split.VALID, name, tasks, 1.0, dtype), data, live)
+        size = _train(module, adam, draws, 1, live)
+        _checkpoint(module.carries, live, world_size, ranks_per_node)
     return size
+
+
+def largest_seats(data: WindowData, world_size: int) -> tuple[Seat, ...]:
+    """The seats of the rank with most coordinates in flight."""
+    everyone = (data.seats(rank, world_size) for rank in range(world_size))
+    return max(everyone, key=lambda seats: sum(coordinates_of(data, seats)))
+
+
+def coordinates_of(data: WindowData, seats: tuple[Seat, ...]) -> list[int]:
+    """Coordinates in flight in each seat: S · N."""
+    return [len(seat.slots) * data.mixture.families[seat.member].spec.size for seat in seats]
 
 
 class _Module(MetaTraining):
@@ -80,16 +101,29 @@ class _Draw:
     """Windows without content, drawn and converted as sampler and loader do it; keeps what they keep."""
 
     def __init__(
-        self, live: LiveBytes, data: WindowData, split: Split, slots: int, dtype: torch.dtype
+        self,
+        live: LiveBytes,
+        data: WindowData,
+        split: Split,
+        member: str,
+        slots: int,
+        weight: float,
+        dtype: torch.dtype,
     ) -> None:
         self.live, self.split, self.slots, self.dtype = live, split, slots, dtype
-        sampler = WindowSampler(data.family.for_split(split), data.schedule, data.seed, split)
+        self.member, self.weight = member, weight
+        family = data.mixture.for_split(split).families[member]
+        teacher = data.teacher if split is Split.TRAIN else None
+        sampler = WindowSampler(family, data.schedule, data.seed, split, teacher)
         self.one = sampler(0, range(1))  # one slot's, for shapes and types
         self.problems: list[Tensor] = []
         self.kept: list[Tensor] = []
 
-    def __call__(self, index: int) -> WindowBatch:
+    def __call__(self, index: int) -> SeatBatch:
         """The batch of a window."""
+        return SeatBatch(self.member, self.weight, self._window(index))
+
+    def _window(self, index: int) -> WindowBatch:
         with self.live.counting(Tag("host", "drawn windows")):
             if not self.problems:  # the sampler remembers them for the trajectory
                 leaves = tree_leaves((self.one.task, self.one.theta0))
@@ -97,10 +131,13 @@ class _Draw:
             data = [self._array(leaf, 1) for leaf in tree_leaves(self.one.data)]
             arrays = [torch.empty_like(array) for array in (*self.problems, *data)]  # stacked
             del data
-            minibatches = tree_map(lambda leaf: self._tensor(leaf, 1), self.one.data)
-            parts = self.one._replace(window_index=index, data={})._asdict()
+            minibatches, teacher = (
+                tree_map(lambda leaf: self._tensor(leaf, 1), tree)
+                for tree in (self.one.data, self.one.teacher)
+            )
+            parts = self.one._replace(window_index=index, data={}, teacher={})._asdict()
             batch = WindowBatch(**tree_map(lambda leaf: self._tensor(leaf, 0), parts))
-            batch = batch._replace(data=minibatches)
+            batch = batch._replace(data=minibatches, teacher=teacher)
             # The training loader holds a window's arrays until the next ones are there.
             self.kept = arrays if self.split is Split.TRAIN else []
         if self.live.shared:
@@ -132,14 +169,16 @@ def _start_adam(module: MetaTraining, live: LiveBytes) -> torch.optim.Adam:
     return adam
 
 
-def _train(module: MetaTraining, adam: torch.optim.Adam, draw: _Draw, index: int, live: LiveBytes) -> int:
+def _train(
+    module: MetaTraining, adam: torch.optim.Adam, draws: list[_Draw], index: int, live: LiveBytes
+) -> int:
     """One window and its meta-step, in Lightning's order; the bytes of the slots' state after it."""
     live.phase = TRAINING
-    output = module.training_step(draw(index), index)
+    output = module.training_step(tuple(draw(index) for draw in draws), index)
     adam.zero_grad()
     output["loss"].backward()
     adam.step()
-    return live.move(tree_leaves(module.carry), _STATE)
+    return live.move(tree_leaves(module.carries), _STATE)
 
 
 def _validate(module: MetaTraining, draw: _Draw, data: WindowData, live: LiveBytes) -> None:
@@ -148,17 +187,18 @@ def _validate(module: MetaTraining, draw: _Draw, data: WindowData, live: LiveByt
     module.on_validation_epoch_start()
     with torch.no_grad():
         for index in range(min(2, data.schedule.windows_per_trajectory)):
-            module.validation_step(draw(index), index)
+            module.validation_step((draw(index),), index)
             live.move(tree_leaves(module.valid_carry), _VALID_STATE)
         module.on_validation_epoch_end()
 
 
-def _checkpoint(carry: Tree, live: LiveBytes, world_size: int) -> None:
-    """Every rank gathers all slots, and the file is put together in memory."""
+def _checkpoint(carries: Tree, live: LiveBytes, world_size: int, ranks_per_node: int) -> None:
+    """Rank 0 gathers all slots, and the file is put together in memory; counted as the node's ranks' shares."""
     live.phase = CHECKPOINT
-    leaves = tree_leaves(carry)
-    with live.counting(Tag("device", "all ranks' slots")):
-        if world_size > 1:
-            leaves = [leaf.new_empty(world_size, *leaf.shape) for leaf in leaves]
+    size = sum(leaf.nbytes for leaf in tree_leaves(carries)) * world_size // ranks_per_node
+    with live.counting(Tag("host", "all ranks' slots")):
+        # As they arrive, as tensors again, and joined.
+        gathered = torch.empty(3 * size if world_size > 1 else 0, dtype=torch.uint8, device=META)
     with live.counting(Tag("host", "checkpoint")):
-        _ = [torch.empty_like(leaf) for leaf in leaves]
+        _ = torch.empty(size, dtype=torch.uint8, device=META)
+    del gathered

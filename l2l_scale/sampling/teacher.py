@@ -1,0 +1,74 @@
+"""A teacher: a hand-designed optimizer that works on every task too, so that φ can be compared with it.
+
+T inner steps of a trajectory, N coordinates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from l2l_scale.optimizers.base import UpdateRule
+from l2l_scale.tasks.base import Arrays, TaskFamily, Tensors
+from l2l_scale.tree import tree_map
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Runs an optimizer on one task after another, with the minibatches that φ will see.
+
+    That costs as many inner steps as φ makes, so it is work for sampling actors. Each task is run alone and
+    in one thread: rounding then does not depend on which tasks are drawn together.
+
+    Args:
+        rule: the optimizer, with the hyper-parameters that ``l2l-scale tune`` found, say.
+    """
+
+    rule: UpdateRule
+
+    def __call__(
+        self, family: TaskFamily, task: Arrays, theta0: np.ndarray, minibatches: Sequence[Arrays]
+    ) -> Arrays:
+        """Losses f(θ_1) … f(θ_T) of the teacher's own trajectory, {"losses": (T,)}.
+
+        Args:
+            family: whose task it is.
+            task: its constants.
+            theta0: its start point, (N,).
+            minibatches: T + 1 of them, as for :attr:`WindowBatch.data`.
+        """
+        family.prepare(torch.device("cpu"))
+        with _one_thread(), torch.no_grad():
+            theta, constants = _one_slot(theta0), {name: _one_slot(leaf) for name, leaf in task.items()}
+            state, losses = self.rule.init_state(theta), []
+            for step, minibatch in enumerate(minibatches):
+                data: Tensors = {name: _one_slot(leaf) for name, leaf in minibatch.items()}
+                loss, grad = family.losses_and_gradients(theta, constants, data, create_graph=False)
+                losses.append(loss)
+                if step + 1 < len(minibatches):
+                    update, state = self.rule(grad, theta, state)
+                    theta, state = theta + update, tree_map(lambda leaf: leaf.detach(), state)
+        return {"losses": torch.cat(losses[1:]).numpy()}
+
+    def __repr__(self) -> str:
+        return f"Teacher({self.rule})"
+
+
+def _one_slot(leaf: np.ndarray) -> Tensor:
+    value = torch.from_numpy(np.asarray(leaf)[None])
+    return value.float() if value.is_floating_point() else value
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

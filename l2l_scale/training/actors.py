@@ -1,0 +1,85 @@
+"""Starts and stops the sampling actors of a rank: one Ray for each node, which its ranks share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import lightning as L
+import torch.distributed as dist
+
+from l2l_scale.sampling import PoolSettings, RankSampler, cpus_here
+
+if TYPE_CHECKING:
+    from l2l_scale.sampling.pool import RayNode, SamplerPool
+
+
+class Actors:
+    """The pool of this rank, and the Ray that it lives in.
+
+    Args:
+        settings: of the pool.
+    """
+
+    def __init__(self, settings: PoolSettings) -> None:
+        self.settings = settings
+        self.pool: SamplerPool | None = None
+
+    def check(self, ranks_per_node: int) -> None:
+        """Refuse what cannot work, before anything is started.
+
+        Raises:
+            ValueError: if there are more actors than CPUs, or the cluster does not answer.
+        """
+        if self.settings.num_actors == 0:
+            return
+        if self.settings.ray_address is None:
+            self.settings.check_cpus(ranks_per_node, cpus_here(), "of this machine")
+        else:
+            self.settings.prepare_environment()
+            from l2l_scale.sampling.pool import check_cluster
+
+            check_cluster(self.settings.ray_address)
+
+    def start(self, sampler: RankSampler, trainer: L.Trainer | None) -> SamplerPool:
+        """Collective. Start the actors; Ray as well, on the first rank of a node, if it is to be our own."""
+        self.stop()
+        self.settings.prepare_environment()
+        from l2l_scale.sampling import pool
+
+        ranks = 1 if trainer is None else trainer.num_devices
+        if self.settings.ray_address is not None:
+            pool.join_ray(pool.RayNode(self.settings.ray_address, None))
+            ranks = 1 if trainer is None else trainer.world_size
+        elif trainer is None or trainer.world_size == 1:
+            pool.start_ray()
+        else:
+            own = pool.start_ray() if trainer.local_rank == 0 else None
+            node = _from_first_rank_of_node(own, trainer)
+            if own is None:
+                pool.join_ray(node)
+        self.pool = pool.SamplerPool(sampler, self.settings, ranks)
+        return self.pool
+
+    def stop(self) -> None:
+        """End the actors, and the Ray that this rank started."""
+        if self.pool is not None:
+            from l2l_scale.sampling.pool import stop_ray
+
+            self.pool.close()
+            self.pool = None
+            stop_ray()
+
+    def stop_together(self, trainer: L.Trainer) -> None:
+        """Collective. The same at the end of a run: a rank whose Ray is taken away under it would die."""
+        if trainer.local_rank != 0:
+            self.stop()
+        if self.settings.num_actors > 0:
+            trainer.strategy.barrier()
+        self.stop()
+
+
+def _from_first_rank_of_node(own: RayNode | None, trainer: L.Trainer) -> RayNode:
+    """Collective. What the first rank of this node has; ``own`` is None on the others."""
+    everyone: list[tuple[int, RayNode | None]] = [(0, None)] * trainer.world_size
+    dist.all_gather_object(everyone, (trainer.node_rank, own))
+    return next(node for rank, node in everyone if rank == trainer.node_rank and node is not None)

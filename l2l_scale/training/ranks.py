@@ -1,0 +1,87 @@
+"""What ranks do together: gather slots, and make sure that they train the same rule."""
+
+from __future__ import annotations
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from l2l_scale.training.data import WindowData
+from l2l_scale.tree import tree_map
+from l2l_scale.unroll import Carry
+
+Gathered = dict[str, list[Tensor]]
+
+
+def world_size(module: L.LightningModule) -> int:
+    """How many ranks there are; one without a trainer."""
+    return 1 if module._trainer is None else module.trainer.world_size
+
+
+def all_slots(module: L.LightningModule, losses: Tensor) -> Tensor:
+    """Collective. Losses (T, S) of every rank's slots, as many on each, in the order of the ranks."""
+    if world_size(module) == 1:
+        return losses
+    gathered = module.all_gather(losses)
+    assert isinstance(gathered, Tensor)
+    joined = gathered.transpose(0, 1).flatten(1, 2)
+    data = module.trainer.datamodule  # type: ignore[attr-defined]
+    # What makes the ranks' shares even is none of the validation tasks.
+    return joined[:, : data.valid_tasks] if isinstance(data, WindowData) else joined
+
+
+def gather_carries(module: L.LightningModule, carries: dict[str, Carry]) -> dict[str, Carry] | None:
+    """Collective. The slots of every family, of all ranks, in global order; None but on rank 0, which writes.
+
+    On the CPU. A rank that has no slots of a family contributes none, so shapes may differ between ranks.
+    """
+    if world_size(module) == 1:
+        return carries
+    own = {name: tree_map(lambda leaf: leaf.cpu(), carry) for name, carry in carries.items()}
+    everyone: list[dict[str, Carry] | None] | None = None
+    if module.trainer.global_rank == 0:
+        everyone = [None] * module.trainer.world_size
+    dist.gather_object(own, everyone)
+    if everyone is None:
+        return None
+    parts = [part for part in everyone if part is not None]
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: _join([part[name] for part in parts if name in part]) for name in names}
+
+
+def _join(carries: list[Carry]) -> Carry:
+    joined: Carry = tree_map(lambda *leaves: torch.cat(leaves), carries[0], *carries[1:])
+    return joined
+
+
+def check_same_phi(module: L.LightningModule) -> None:
+    """Collective. Raise ``RuntimeError`` if φ is not the same bits on every rank.
+
+    A rank that went its own way, after a fault of memory or of a network, would spoil a run silently.
+    """
+    if world_size(module) == 1:
+        return
+    hashes = module.all_gather(hash_of(list(module.parameters())))
+    assert isinstance(hashes, Tensor)
+    others = (hashes != hashes[0]).nonzero().flatten().tolist()
+    if others:
+        raise RuntimeError(
+            f"φ on rank(s) {', '.join(map(str, others))} is not that of rank 0 at meta-step "
+            f"{module.global_step}: resume from the last checkpoint, and suspect the machine of that rank"
+        )
+
+
+def hash_of(tensors: list[Tensor]) -> Tensor:
+    """A number that changes with any bit of any of the tensors and with their order, () int64.
+
+    Σ bits_i · (2i + 1) modulo 2^64, over bytes: odd factors let no single change vanish.
+    """
+    total = torch.zeros((), dtype=torch.int64, device=tensors[0].device)
+    start = 0
+    for tensor in tensors:
+        bits = tensor.detach().contiguous().view(-1).view(torch.uint8).to(torch.int64)
+        factors = 2 * torch.arange(start, start + len(bits), device=bits.device) + 1
+        total = total + (bits * factors).sum()
+        start += len(bits)
+    return total

@@ -193,7 +193,7 @@ def _validate(module: MetaTraining, draw: _Draw, data: WindowData, live: LiveByt
 
 
 def _checkpoint(carries: Tree, live: LiveBytes, world_size: int, ranks_per_node: int) -> None:
-    """Rank 0 gathers all slots, and the file is put together in memory; counted as the node's ranks' shares."""
+    """Rank 0 gathers all slots and puts the file together; counted as shares of its node's ranks."""
     live.phase = CHECKPOINT
     size = sum(leaf.nbytes for leaf in tree_leaves(carries)) * world_size // ranks_per_node
     with live.counting(Tag("host", "all ranks' slots")):

@@ -1,5 +1,6 @@
 """Task families: distributions over optimization problems (floor 1)."""
 
+from l2l_scale.tasks.augmentation import Augmentation
 from l2l_scale.tasks.base import Arrays, TaskFamily, Tensors
 from l2l_scale.tasks.compiled import CompiledFamily
 from l2l_scale.tasks.image import ImageClassifier
@@ -9,6 +10,7 @@ from l2l_scale.tasks.test_functions import TestFunction
 
 __all__ = [
     "Arrays",
+    "Augmentation",
     "CompiledFamily",
     "ImageClassifier",
     "ModuleTask",

@@ -196,6 +196,16 @@ def test_images_count_once_per_split_in_their_two_forms():
         assert parts["data set"] == as_floats_with_labels + as_bytes
 
 
+def test_streamed_images_are_kept_nowhere_but_travel_with_the_windows():
+    streamed, resident = (
+        predict(*experiment(ImageClassifier(source=source), slots=2), CPU).host.parts
+        for source in ("streamed", "resident")
+    )
+    assert "data set" not in streamed
+    # Pixels (K + 1, S, B, D) as arrays and as tensors; labels in place of indices.
+    assert streamed["drawn windows"] - resident["drawn windows"] == 2 * 21 * 2 * 128 * 64
+
+
 def test_kernel_is_told_as_the_run_will_choose_it(monkeypatch):
     model, data = experiment(backend="auto")
     assert predict(model, data, CPU).backend == "fused"

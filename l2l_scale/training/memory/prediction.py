@@ -148,9 +148,9 @@ def _usage(
 
 
 def decoded_bytes(data: WindowData) -> int:
-    """What a data set keeps in the host's memory besides the tensors on the device."""
-    if not isinstance(data.family, ImageClassifier):
-        _ = data.family.spec
+    """What a data set keeps in the host's memory besides the tensors on the device; nothing if streamed."""
+    _ = data.family.spec
+    if not isinstance(data.family, ImageClassifier) or data.family.source == "streamed":
         return 0
     images = [data.family.for_split(split).images for split in (Split.TRAIN, Split.VALID)]
     return sum(info.size * torch.Size(info.shape).numel() for info in images)

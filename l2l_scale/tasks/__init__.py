@@ -6,6 +6,7 @@ from l2l_scale.tasks.compiled import CompiledFamily
 from l2l_scale.tasks.image import ImageClassifier
 from l2l_scale.tasks.module import ModuleTask
 from l2l_scale.tasks.quadratic import Quadratic
+from l2l_scale.tasks.scaling import RandomScaling
 from l2l_scale.tasks.test_functions import TestFunction
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "ImageClassifier",
     "ModuleTask",
     "Quadratic",
+    "RandomScaling",
     "TaskFamily",
     "Tensors",
     "TestFunction",

@@ -18,7 +18,7 @@ from l2l_scale.optimizers.backend import accelerate
 from l2l_scale.optimizers.kernels import UnsupportedRuleError
 from l2l_scale.rng import Split
 from l2l_scale.sampling import WindowSampler
-from l2l_scale.tasks import ImageClassifier, ModuleTask, Quadratic, TestFunction
+from l2l_scale.tasks import ImageClassifier, ModuleTask, Quadratic, RandomScaling, TestFunction
 from l2l_scale.training import MetaTraining, WindowData
 from l2l_scale.training.memory import Machine, check_memory, predict
 from l2l_scale.training.memory import prediction as memory_file
@@ -191,8 +191,8 @@ def test_nothing_is_touched():
 def test_images_count_once_per_split_in_their_two_forms():
     pixels, images = 64, 1152 + 143  # digits: 8 × 8, TRAIN and VALID
     as_floats_with_labels, as_bytes = images * (4 * pixels + 8), images * pixels
-    for _ in range(2):  # what is cached after the first time still counts
-        parts = predict(*experiment(ImageClassifier(), slots=1), CPU).host.parts
+    for family in (ImageClassifier(), ImageClassifier(), RandomScaling(ImageClassifier())):
+        parts = predict(*experiment(family, slots=1), CPU).host.parts  # what is cached by now still counts
         assert parts["data set"] == as_floats_with_labels + as_bytes
 
 

@@ -11,6 +11,7 @@ import torch
 from l2l_scale.optimizers.backend import Backend
 from l2l_scale.rng import Split
 from l2l_scale.tasks import ImageClassifier
+from l2l_scale.tasks.wrapped import unwrapped
 from l2l_scale.training.data import WindowData
 from l2l_scale.training.memory.hollow import choose_kernel, workspace_bytes
 from l2l_scale.training.memory.limits import device_available, host_available, resident_bytes
@@ -150,7 +151,8 @@ def _usage(
 def decoded_bytes(data: WindowData) -> int:
     """What a data set keeps in the host's memory besides the tensors on the device; nothing if streamed."""
     _ = data.family.spec
-    if not isinstance(data.family, ImageClassifier) or data.family.source == "streamed":
+    family = unwrapped(data.family)
+    if not isinstance(family, ImageClassifier) or family.source == "streamed":
         return 0
-    images = [data.family.for_split(split).images for split in (Split.TRAIN, Split.VALID)]
+    images = [family.for_split(split).images for split in (Split.TRAIN, Split.VALID)]
     return sum(info.size * torch.Size(info.shape).numel() for info in images)

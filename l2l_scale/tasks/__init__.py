@@ -5,6 +5,7 @@ from l2l_scale.tasks.base import Arrays, TaskFamily, Tensors
 from l2l_scale.tasks.compiled import CompiledFamily
 from l2l_scale.tasks.image import ImageClassifier
 from l2l_scale.tasks.module import ModuleTask
+from l2l_scale.tasks.precision import MixedPrecision
 from l2l_scale.tasks.quadratic import Quadratic
 from l2l_scale.tasks.scaling import RandomScaling
 from l2l_scale.tasks.test_functions import TestFunction
@@ -14,6 +15,7 @@ __all__ = [
     "Augmentation",
     "CompiledFamily",
     "ImageClassifier",
+    "MixedPrecision",
     "ModuleTask",
     "Quadratic",
     "RandomScaling",

@@ -167,22 +167,26 @@ class ImageClassifier(TaskFamily):
     def losses(self, theta: Tensor, task: Tensors, data: Tensors) -> Tensor:
         """The losses of all slots, as batched products: nothing is mapped."""
         pixels, labels = self._images(data, theta.dtype)
-        return _cross_entropy(self._layers(self.spec.unflatten(theta), pixels)[-1].log_softmax(1), labels)
+        out = self._layers(self.spec.unflatten(theta), pixels)[-1]
+        return _cross_entropy(out.log_softmax(1, dtype=theta.dtype), labels)
 
     def losses_and_gradients(
         self, theta: Tensor, task: Tensors, data: Tensors, create_graph: bool
     ) -> tuple[Tensor, Tensor]:
-        """The same losses, and backpropagation written out: two thirds of the time."""
+        """The same losses, and backpropagation written out: two thirds of the time.
+
+        Under autocast the products have 16 bits; what is summed over images is θ's precision again.
+        """
         params = self.spec.unflatten(theta)
         pixels, labels = self._images(data, theta.dtype)
         values = self._layers(params, pixels)
-        log_probability = values.pop().log_softmax(1)
+        log_probability = values.pop().log_softmax(1, dtype=theta.dtype)
         minus_one = theta.new_full((), -1.0).expand_as(labels)
         # The derivative of the losses in what comes out of a layer, before the activation: (S, U, B).
         delta = log_probability.exp().scatter_add(1, labels, minus_one) / labels.shape[-1]
         parts: list[Tensor] = []
         for layer, below in reversed(list(enumerate(values))):
-            parts = [torch.bmm(delta, below.mT).flatten(1), delta.sum(-1), *parts]
+            parts = [torch.bmm(delta, below.mT).flatten(1), delta.sum(-1, dtype=theta.dtype), *parts]
             if layer > 0:
                 weight = params[f"layers.{layer}.weight"]
                 delta = torch.bmm(weight.mT, delta) * _ACTIVATIONS[self.activation].slope(below)

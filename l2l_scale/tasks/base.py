@@ -103,6 +103,11 @@ class TaskFamily(ABC):
         """Put resident data (a whole data set) on the device, once, before the first loss there."""
 
     @property
+    def has_gradient_formula(self) -> bool:
+        """Whether gradients are written out, and are not torch's derivatives of the losses."""
+        return type(self).losses_and_gradients is not TaskFamily.losses_and_gradients
+
+    @property
     def has_data(self) -> bool:
         """Whether inner steps see minibatches."""
         return type(self).sample_data is not TaskFamily.sample_data

@@ -7,20 +7,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from l2l_scale.flat import FlatSpec
-from l2l_scale.rng import Split
-from l2l_scale.tasks.base import Arrays, TaskFamily, Tensors
+from l2l_scale.tasks.base import TaskFamily, Tensors
+from l2l_scale.tasks.wrapped import WrappedFamily
 
 LossesAndGradients: TypeAlias = Callable[[Tensor, Tensors, Tensors], tuple[Tensor, Tensor]]
 """From (theta, task, data) to losses and gradients, without graph."""
 
 
 @dataclass(frozen=True)
-class CompiledFamily(TaskFamily):
+class CompiledFamily(WrappedFamily):
     """The same tasks; what an inner step asks of them runs through ``torch.compile``.
 
     Compiling takes from seconds to a minute, at the first inner step and again for another number of slots.
@@ -30,38 +28,6 @@ class CompiledFamily(TaskFamily):
     Args:
         family: what is compiled.
     """
-
-    family: TaskFamily
-
-    @property
-    def spec(self) -> FlatSpec:
-        """The family's own."""
-        return self.family.spec
-
-    @property
-    def has_data(self) -> bool:
-        """Whether the family has minibatches."""
-        return self.family.has_data
-
-    def sample_task(self, rng: np.random.Generator) -> Arrays:
-        """As the family does."""
-        return self.family.sample_task(rng)
-
-    def sample_init(self, rng: np.random.Generator, task: Arrays) -> np.ndarray:
-        """As the family does."""
-        return self.family.sample_init(rng, task)
-
-    def sample_data(self, rng: np.random.Generator, task: Arrays) -> Arrays:
-        """As the family does."""
-        return self.family.sample_data(rng, task)
-
-    def loss(self, params: Tensors, task: Tensors, data: Tensors) -> Tensor:
-        """The family's own, not compiled."""
-        return self.family.loss(params, task, data)
-
-    def losses(self, theta: Tensor, task: Tensors, data: Tensors) -> Tensor:
-        """The family's own, not compiled."""
-        return self.family.losses(theta, task, data)
 
     def losses_and_gradients(
         self, theta: Tensor, task: Tensors, data: Tensors, create_graph: bool
@@ -81,14 +47,6 @@ class CompiledFamily(TaskFamily):
         if theta.is_cuda:  # the next replay of the CUDA graph writes into the same memory
             losses, grads = losses.clone(), grads.clone()
         return losses, grads
-
-    def for_split(self, split: Split) -> CompiledFamily:
-        """The same on the data of a split."""
-        return CompiledFamily(self.family.for_split(split))
-
-    def prepare(self, device: torch.device) -> None:
-        """Put the family's resident data on the device."""
-        self.family.prepare(device)
 
     @cached_property
     def _compiled(self) -> LossesAndGradients:
@@ -115,5 +73,4 @@ def _traceable(family: TaskFamily) -> LossesAndGradients:
         return losses, grads
 
     # torch.autograd.grad, which the default calls, would cut the function into pieces.
-    has_formula = type(family).losses_and_gradients is not TaskFamily.losses_and_gradients
-    return by_formula if has_formula else by_derivative
+    return by_formula if family.has_gradient_formula else by_derivative

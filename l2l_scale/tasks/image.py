@@ -1,4 +1,4 @@
-"""Image classification by small networks, on real images that live on the device.
+"""Image classification by small networks, on real images that live on the device or are streamed to it.
 
 S slots, B images of a minibatch, D = C·H·W pixels of an image, U units of a layer. Layers hold
 (S, U, B), images last: with few units that is the faster order of a matrix product.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -21,8 +21,10 @@ from torch import Tensor
 from l2l_scale.checks import check_count, check_positive
 from l2l_scale.flat import FlatSpec, Segment
 from l2l_scale.rng import Split
+from l2l_scale.tasks.augmentation import Augmentation
 from l2l_scale.tasks.base import Arrays, TaskFamily, Tensors
-from l2l_scale.tasks.datasets import ImageInfo, describe_images, load_images
+from l2l_scale.tasks.datasets import ImageInfo, decode_images, describe_images
+from l2l_scale.tasks.resident import look_up, resident_images, unit_pixels
 
 
 class _Activation(NamedTuple):
@@ -38,35 +40,6 @@ _ACTIVATIONS = {
     "elu": _Activation(F.elu, lambda h: 1 + h.clamp(max=0)),
 }
 _INITIALISATIONS = ("normal", "torch", "xavier", "he")
-
-
-class ResidentImages(NamedTuple):
-    """A split's images on a device."""
-
-    pixels: Tensor
-    """(M, D) float32 in [0, 1]: four times the memory of bytes, and no conversion in every inner step."""
-    labels: Tensor
-    """(M,) int64."""
-
-
-@lru_cache(maxsize=8)
-def resident_images(dataset: str, split: Split, device: torch.device) -> ResidentImages:
-    """The images of a split on the device, put there at the first call.
-
-    Kept here and not in the family: tasks hold no mutable attributes, and families with the same images
-    share them.
-    """
-    if device.type == "meta":  # a rehearsal asks for sizes only: nothing is decoded
-        info = describe_images(dataset, split)
-        pixels = torch.empty(info.size, math.prod(info.shape), device=device)
-        return ResidentImages(pixels, torch.empty(info.size, dtype=torch.int64, device=device))
-    images = load_images(dataset, split)
-    pixels = torch.from_numpy(images.pixels).flatten(1).to(device).float().div_(images.white)
-    return ResidentImages(pixels, torch.from_numpy(images.labels).to(device))
-
-
-# torch.compile would look through the cache, into the code that reads the data sets.
-_look_up: Callable[[str, Split, torch.device], ResidentImages] = torch.compiler.disable(resident_images)  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +61,15 @@ class ImageClassifier(TaskFamily):
             want one of the last three.
         theta0_scale: used by "normal" only.
         split: which images.
+        source: where the pixels of minibatches come from. "resident": all images of the split lie on the
+            device, and only indices are drawn. "streamed": whoever draws a minibatch decodes its images, for
+            data sets that do not fit and for augmentation. A window then carries (K + 1)·S·B·D bytes. Losses
+            are equal in every bit.
+        augmentation: random changes of the images of Split.TRAIN; all other splits are left as they are. For
+            streamed images only.
 
     Raises:
-        ValueError: if a number is out of range or a choice unknown.
+        ValueError: if a number is out of range or a choice unknown, or resident images are to be augmented.
     """
 
     dataset: str = "digits"
@@ -100,6 +79,8 @@ class ImageClassifier(TaskFamily):
     initialisation: Literal["normal", "torch", "xavier", "he"] = "normal"
     theta0_scale: float = 0.01
     split: Split = Split.TRAIN
+    source: Literal["resident", "streamed"] = "resident"
+    augmentation: Augmentation | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hidden", tuple(self.hidden))  # a list would not be hashable
@@ -112,6 +93,13 @@ class ImageClassifier(TaskFamily):
         if self.initialisation not in _INITIALISATIONS:
             raise ValueError(
                 f"initialisation ({self.initialisation!r}) must be one of {', '.join(_INITIALISATIONS)}"
+            )
+        if self.source not in ("resident", "streamed"):
+            raise ValueError(f"source ({self.source!r}) must be 'resident' or 'streamed'")
+        if self.augmentation is not None and self.source != "streamed":
+            raise ValueError(
+                f"augmentation ({self.augmentation}) must be None with source 'resident', where images are "
+                "not touched after they are loaded; set source to 'streamed'"
             )
 
     @cached_property
@@ -158,41 +146,58 @@ class ImageClassifier(TaskFamily):
         return np.concatenate([weight, np.zeros(outputs)])
 
     def sample_data(self, rng: np.random.Generator, task: Arrays) -> Arrays:
-        """Draw the images of one minibatch, by their indices in the split: index (B,)."""
-        return {"index": rng.integers(0, self.images.size, self.batch_size)}
+        """Draw the images of one minibatch, by their indices in the split.
+
+        Resident: index (B,). Streamed: pixels (B, D) uint8 and label (B,) int64 of the same images; the
+        augmentation is drawn after the indices.
+        """
+        index = rng.integers(0, self.images.size, self.batch_size)
+        if self.source == "resident":
+            return {"index": index}
+        pixels, labels, _ = decode_images(self.dataset, self.split, index)
+        if self.augmentation is not None and self.split is Split.TRAIN:
+            pixels = self.augmentation(rng, pixels)
+        return {"pixels": pixels.reshape(len(index), -1), "label": labels}
 
     def loss(self, params: Tensors, task: Tensors, data: Tensors) -> Tensor:
-        """Mean cross entropy of the minibatch, index (B,), a scalar."""
-        one = {"index": data["index"].unsqueeze(0)}
+        """Mean cross entropy of the minibatch, a scalar."""
+        one = {name: leaf.unsqueeze(0) for name, leaf in data.items()}
         return self.losses(self.spec.flatten(params).unsqueeze(0), task, one).squeeze(0)
 
     def losses(self, theta: Tensor, task: Tensors, data: Tensors) -> Tensor:
         """The losses of all slots, as batched products: nothing is mapped."""
-        pixels, labels = self._images(data["index"], theta.dtype)
-        return _cross_entropy(self._layers(self.spec.unflatten(theta), pixels)[-1].log_softmax(1), labels)
+        pixels, labels = self._images(data, theta.dtype)
+        out = self._layers(self.spec.unflatten(theta), pixels)[-1]
+        return _cross_entropy(out.log_softmax(1, dtype=theta.dtype), labels)
 
     def losses_and_gradients(
         self, theta: Tensor, task: Tensors, data: Tensors, create_graph: bool
     ) -> tuple[Tensor, Tensor]:
-        """The same losses, and backpropagation written out: two thirds of the time."""
+        """The same losses, and backpropagation written out: two thirds of the time.
+
+        Under autocast the products have 16 bits; what is summed over images is θ's precision again.
+        """
         params = self.spec.unflatten(theta)
-        pixels, labels = self._images(data["index"], theta.dtype)
+        pixels, labels = self._images(data, theta.dtype)
         values = self._layers(params, pixels)
-        log_probability = values.pop().log_softmax(1)
+        log_probability = values.pop().log_softmax(1, dtype=theta.dtype)
         minus_one = theta.new_full((), -1.0).expand_as(labels)
         # The derivative of the losses in what comes out of a layer, before the activation: (S, U, B).
         delta = log_probability.exp().scatter_add(1, labels, minus_one) / labels.shape[-1]
         parts: list[Tensor] = []
         for layer, below in reversed(list(enumerate(values))):
-            parts = [torch.bmm(delta, below.mT).flatten(1), delta.sum(-1), *parts]
+            parts = [torch.bmm(delta, below.mT).flatten(1), delta.sum(-1, dtype=theta.dtype), *parts]
             if layer > 0:
                 weight = params[f"layers.{layer}.weight"]
                 delta = torch.bmm(weight.mT, delta) * _ACTIVATIONS[self.activation].slope(below)
         return _cross_entropy(log_probability, labels), torch.cat(parts, 1)
 
-    def _images(self, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Pixels (S, D, B) and labels (S, 1, B) of minibatches (S, B)."""
-        pixels, labels = _look_up(self.dataset, self.split, index.device)
+    def _images(self, data: Tensors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Pixels (S, D, B) and labels (S, 1, B) of the slots' minibatches."""
+        if self.source == "streamed":
+            return unit_pixels(data["pixels"], self.images.white).to(dtype).mT, data["label"].unsqueeze(1)
+        index = data["index"]
+        pixels, labels = look_up(self.dataset, self.split, index.device)
         # An embedding is a lookup of whole rows, and four times as fast as pixels[index].
         return F.embedding(index, pixels).to(dtype).mT, labels[index].unsqueeze(1)
 
@@ -210,7 +215,9 @@ class ImageClassifier(TaskFamily):
         return replace(self, split=split)
 
     def prepare(self, device: torch.device) -> None:
-        """Put the split's images on the device."""
+        """Put the split's images on the device, if they are to be resident."""
+        if self.source == "streamed":
+            return
         exact = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0", as losses will ask for it
         resident_images(self.dataset, self.split, exact)
 

@@ -12,7 +12,7 @@ from l2l_scale.estimators import TruncatedBPTT
 from l2l_scale.optimizers import CoordinatewiseLSTM
 from l2l_scale.rng import Channel, Split, stream
 from l2l_scale.sampling import Schedule
-from l2l_scale.tasks import CompiledFamily, ImageClassifier, Quadratic, TaskFamily
+from l2l_scale.tasks import CompiledFamily, ImageClassifier, MixedPrecision, Quadratic, TaskFamily
 from l2l_scale.training import MetaTraining
 from l2l_scale.unroll import InnerGradient, begin, unroll
 
@@ -45,6 +45,27 @@ def test_compiled_results_have_no_graph(pair, double):
     data = {name: leaf[0] for name, leaf in batch.data.items()}
     results = pair[1].losses_and_gradients(batch.theta0, batch.task, data, create_graph=False)
     assert not any(result.requires_grad for result in results)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [Quadratic(dimension=10, theta0_scale=1.0), Regression(8), ImageClassifier(initialisation="torch")],
+    ids=lambda f: type(f).__name__,
+)
+@pytest.mark.parametrize("inside", [True, False])
+def test_mixed_precision_compiles_in_either_order(family, inside):
+    wrapped = CompiledFamily(MixedPrecision(family)) if inside else MixedPrecision(CompiledFamily(family))
+    (batch,) = draw_windows(family, Schedule(horizon=1, window=1), 1, range(3), torch.float32)
+    theta, data = batch.theta0, {name: leaf[0] for name, leaf in batch.data.items()}
+    exact = family.losses_and_gradients(theta, batch.task, data, create_graph=False)
+    results = wrapped.losses_and_gradients(theta, batch.task, data, create_graph=False)
+    for got, want in zip(results, exact, strict=True):
+        # Errors of rounding to bfloat16, 2^-8 each, a few in a row; compiled code leaves some of them out.
+        assert 0 < (got - want).norm() <= 8 * 2**-8 * want.norm()
+        assert got.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        again = wrapped.losses_and_gradients(theta, batch.task, data, create_graph=False)
+    assert all(map(torch.equal, again, results))
 
 
 @pytest.mark.parametrize("family", [Quadratic(dimension=3), ImageClassifier(batch_size=4)])

@@ -70,6 +70,7 @@ def test_description_agrees_with_the_images():
         info, images = describe_images("digits", split), load_images("digits", split)
         assert (info.size, *info.shape) == images.pixels.shape
         assert info.classes == 10
+        assert info.white == images.white
 
 
 def test_every_class_is_in_every_split_of_digits():
@@ -100,7 +101,7 @@ def test_splits_never_change():
 def test_mnist_is_read_from_a_local_folder():
     name = shared_data("mnist")
     sizes = [describe_images(name, split) for split in Split]
-    assert sizes == [(size, (1, 28, 28), 10) for size in (48_000, 6_000, 6_000, 10_000)]
+    assert sizes == [(size, (1, 28, 28), 10, 255) for size in (48_000, 6_000, 6_000, 10_000)]
     test = load_images(name, Split.TEST)
     assert test.labels[:8].tolist() == [7, 2, 1, 0, 4, 1, 4, 9]  # as everyone knows them
     assert (test.pixels.min(), test.pixels.max(), test.white) == (0, 255, 255)
@@ -119,7 +120,7 @@ def test_mnist_splits_share_no_image():
 
 def test_cifar10_has_three_channels_first():
     name = shared_data("cifar10")
-    assert describe_images(name, Split.TRAIN) == (40_000, (3, 32, 32), 10)
+    assert describe_images(name, Split.TRAIN) == (40_000, (3, 32, 32), 10, 255)
     valid = load_images(name, Split.VALID)
     assert valid.pixels.shape == (5_000, 3, 32, 32)
     means = valid.pixels.mean((0, 2, 3)) / 255

@@ -15,7 +15,7 @@ from l2l_scale.rng import Channel, Split, stream
 from l2l_scale.sampling import Schedule, WindowSampler
 from l2l_scale.tasks import ImageClassifier, TaskFamily
 from l2l_scale.tasks.datasets import load_images
-from l2l_scale.tasks.image import resident_images
+from l2l_scale.tasks.resident import resident_images
 
 CPU = torch.device("cpu")
 MODULES = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU}

@@ -19,7 +19,7 @@ from l2l_scale.optimizers.backend import accelerate
 from l2l_scale.optimizers.kernels import UnsupportedRuleError
 from l2l_scale.rng import Split
 from l2l_scale.sampling import WindowSampler
-from l2l_scale.tasks import ImageClassifier, ModuleTask, Quadratic, TestFunction
+from l2l_scale.tasks import ImageClassifier, ModuleTask, Quadratic, RandomScaling, TestFunction
 from l2l_scale.training import MetaTraining, WindowData
 from l2l_scale.training.memory import Machine, check_memory, predict
 from l2l_scale.training.memory import prediction as memory_file
@@ -192,9 +192,19 @@ def test_nothing_is_touched():
 def test_images_count_once_per_split_in_their_two_forms():
     pixels, images = 64, 1152 + 143  # digits: 8 × 8, TRAIN and VALID
     as_floats_with_labels, as_bytes = images * (4 * pixels + 8), images * pixels
-    for _ in range(2):  # what is cached after the first time still counts
-        parts = predict(*experiment(ImageClassifier(), slots=1), CPU).host.parts
+    for family in (ImageClassifier(), ImageClassifier(), RandomScaling(ImageClassifier())):
+        parts = predict(*experiment(family, slots=1), CPU).host.parts  # what is cached by now still counts
         assert parts["data set"] == as_floats_with_labels + as_bytes
+
+
+def test_streamed_images_are_kept_nowhere_but_travel_with_the_windows():
+    streamed, resident = (
+        predict(*experiment(ImageClassifier(source=source), slots=2), CPU).host.parts
+        for source in ("streamed", "resident")
+    )
+    assert "data set" not in streamed
+    # Pixels (K + 1, S, B, D) as arrays and as tensors; labels in place of indices.
+    assert streamed["drawn windows"] - resident["drawn windows"] == 2 * 21 * 2 * 128 * 64
 
 
 def test_kernel_is_told_as_the_run_will_choose_it(monkeypatch):

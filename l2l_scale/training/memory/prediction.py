@@ -11,6 +11,7 @@ import torch
 from l2l_scale.optimizers.backend import Backend
 from l2l_scale.rng import Split
 from l2l_scale.tasks import ImageClassifier, TaskFamily
+from l2l_scale.tasks.wrapped import unwrapped
 from l2l_scale.training.data import WindowData
 from l2l_scale.training.memory.hollow import choose_kernel, workspace_bytes
 from l2l_scale.training.memory.limits import device_available, host_available, resident_bytes
@@ -167,13 +168,16 @@ def pool_bytes(data: WindowData, live: LiveBytes) -> dict[str, int]:
 
 
 def decoded_bytes(data: WindowData) -> int:
-    """What a data set keeps in the host's memory besides the tensors on the device."""
-    return sum(_decoded_bytes(family) for family in data.mixture.families.values())
+    """What data sets keep in the host's memory besides the tensors on the device; nothing if streamed."""
+    # Families with the same images share them.
+    return sum(dict(_decoded_bytes(family) for family in data.mixture.families.values()).values())
 
 
-def _decoded_bytes(family: TaskFamily) -> int:
-    if not isinstance(family, ImageClassifier):
-        _ = family.spec
-        return 0
+def _decoded_bytes(family: TaskFamily) -> tuple[str, int]:
+    """Name and size of a family's data set."""
+    _ = family.spec
+    family = unwrapped(family)
+    if not isinstance(family, ImageClassifier) or family.source == "streamed":
+        return "", 0
     images = [family.for_split(split).images for split in (Split.TRAIN, Split.VALID)]
-    return sum(info.size * torch.Size(info.shape).numel() for info in images)
+    return family.dataset, sum(info.size * torch.Size(info.shape).numel() for info in images)

@@ -19,7 +19,7 @@ from l2l_scale.cli.experiment import Experiment
 from l2l_scale.cli.export import export_rule
 from l2l_scale.cli.run_folder import choose_folder, empty, find_checkpoint, keep_metrics
 from l2l_scale.deploy import classes_of
-from l2l_scale.training import MetaStepBar, TrajectoryMetrics
+from l2l_scale.training import MetaStepBar, PaceReport, TrajectoryMetrics
 from l2l_scale.training.memory import Machine, check_memory
 
 
@@ -58,7 +58,7 @@ class Fit(Experiment):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Lightning's trainer with our logger (unless another is configured) and callbacks."""
-        own: list[Callback] = [TrajectoryMetrics(), RunFolder(self)]
+        own: list[Callback] = [RunFolder(self), PaceReport(), TrajectoryMetrics()]
         if self.config.trainer.enable_progress_bar in (None, True):
             own.append(MetaStepBar())
         self.trainer_defaults["callbacks"] = own
@@ -108,11 +108,23 @@ class Fit(Experiment):
         shortest, longest = data.schedule.horizons[0], data.schedule.horizons[-1]
         horizon = f"{longest}" if shortest == longest else f"{shortest} to {longest}"
         return (
-            f"meta-training {type(self.model.rule).__name__} ({size:,} parameters) on {data.family}\n"
+            f"meta-training {type(self.model.rule).__name__} ({size:,} parameters) on {self.what()}\n"
             f"{data.slots} slots{ranks}, windows of {data.schedule.window} of a horizon of {horizon}, "
             f"{self.trainer.max_steps:,} meta-steps, seed {data.seed}\n"
             f"backend {backends}, {torch.get_num_threads()} CPU threads; {storage}run folder {self.folder}"
         )
+
+    def what(self) -> str:
+        """What is trained on; the families of a mixture one by one."""
+        data, mixture = self.datamodule, self.datamodule.mixture
+        if data.family is not mixture:
+            return str(data.family)
+        slots, weights = mixture.slots(data.slots), mixture.weights
+        lines = (
+            f"\n  {name}: {family} ({len(slots[name])} slots, weight {weights[name]:.3g})"
+            for name, family in mixture.families.items()
+        )
+        return f"{len(weights)} families, {mixture.placement}:" + "".join(lines)
 
     def finish(self, seconds: float) -> None:
         """Export the best rule and say where everything is."""

@@ -31,6 +31,8 @@ _ANSWER = 30
 """Seconds that a cluster may take to answer."""
 _START = 180
 """Seconds that actors may take to start: they import torch, all at once."""
+_LAST_WORDS = 2
+"""Seconds that actors have to finish what was ordered."""
 _PATIENCE = 600
 """Seconds that a window may take: far more than a restart of all actors."""
 
@@ -195,6 +197,9 @@ class SamplerPool:
 
     def close(self) -> None:
         """Let the actors end: they do when nobody holds them and they have drawn what was ordered."""
+        ordered = [reference for _, references in self.in_flight for reference in references]
+        if ordered:  # else Ray complains of tasks that nobody does any more
+            ray.wait(ordered, num_returns=len(ordered), timeout=_LAST_WORDS)
         self.in_flight.clear()
         self.actors = []
 

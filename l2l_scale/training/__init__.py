@@ -3,5 +3,6 @@
 from l2l_scale.training.data import WindowData
 from l2l_scale.training.metrics import MetaStepBar, TrajectoryMetrics
 from l2l_scale.training.module import DivergedError, MetaTraining
+from l2l_scale.training.pace import PaceReport
 
-__all__ = ["DivergedError", "MetaStepBar", "MetaTraining", "TrajectoryMetrics", "WindowData"]
+__all__ = ["DivergedError", "MetaStepBar", "MetaTraining", "PaceReport", "TrajectoryMetrics", "WindowData"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -18,13 +19,16 @@ from l2l_scale.optimizers import UpdateRule
 from l2l_scale.optimizers.backend import Accelerated, Backend, accelerate, check_backend
 from l2l_scale.rng import Split
 from l2l_scale.sampling import Batch
-from l2l_scale.tasks import CompiledFamily, Mixture, TaskFamily
+from l2l_scale.tasks import CompiledFamily, MixedPrecision, Mixture, TaskFamily
 from l2l_scale.training import checkpoint as inflight
 from l2l_scale.training.data import WindowData
 from l2l_scale.training.ranks import all_slots, check_same_phi
 from l2l_scale.training.validation import validation_metrics
 from l2l_scale.tree import tree_detach
 from l2l_scale.unroll import Carry, InnerGradient, Rollout, WindowBatch, begin, unroll
+
+PRECISIONS = ("32-true", "64-true", "bf16-mixed")
+"""Of Lightning's, those that meta-training works in."""
 
 
 class StepOutput(NamedTuple):
@@ -106,16 +110,24 @@ class MetaTraining(L.LightningModule):
         describe_rule(rule)  # a rule that no file can describe is refused now, not at the first checkpoint
 
     def setup(self, stage: str) -> None:
-        """Refuse what cannot work, before anything is computed.
+        """Refuse what cannot work, before anything is computed; let tasks be computed in mixed precision.
 
         Raises:
-            ValueError: for mixed precision, or a meta-loss made for another horizon.
+            ValueError: for a precision that loses what is learned from, or a meta-loss for another horizon.
         """
-        if self.trainer.precision not in ("32-true", "64-true"):
+        precision = str(self.trainer.precision)
+        if precision not in PRECISIONS:
             raise ValueError(
-                f"trainer.precision ({self.trainer.precision}) must be 32-true or 64-true: inner gradients "
-                "span ten orders of magnitude and are the rule's input, so they underflow in 16 bits"
+                f"trainer.precision ({precision}) must be one of {', '.join(PRECISIONS)}: inner gradients "
+                "span ten orders of magnitude and are the rule's input, so they underflow in float16, and "
+                "small updates vanish beside a θ or φ of 16 bits. bf16-mixed computes the tasks in 16 bits "
+                "and keeps rule, θ and state in 32"
             )
+        if precision == "bf16-mixed":
+            for families in (self.families, self.valid_families):
+                for name, family in families.items():
+                    if not isinstance(family, MixedPrecision):
+                        families[name] = MixedPrecision(family)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, WindowData):
             self.estimator.check_horizons(data.schedule.horizons)
@@ -133,7 +145,8 @@ class MetaTraining(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Unroll one window of every family; Lightning does the backward pass and the meta-step."""
-        surrogates, outputs = zip(*(self._train_seat(*seat) for seat in batch), strict=True)
+        with self._full_precision():
+            surrogates, outputs = zip(*(self._train_seat(*seat) for seat in batch), strict=True)
         surrogate = torch.stack(surrogates).sum()
         self.next_window = batch[0].window.window_index + 1
         diverged = [int(output.diverged.sum()) for output in outputs]
@@ -141,6 +154,12 @@ class MetaTraining(L.LightningModule):
         all_lost = sum(diverged) == sum(len(output.diverged) for output in outputs)
         self._stop_if_lost(all_lost or not bool(surrogate.isfinite()))
         return {"loss": surrogate, "windows": outputs}
+
+    def _full_precision(self) -> AbstractContextManager[object]:
+        """What bf16-mixed leaves as it is: all but the tasks, which switch autocast on for themselves."""
+        if self.device.type == "meta":  # which knows no autocast
+            return nullcontext()
+        return torch.autocast(self.device.type, enabled=False)
 
     def _train_seat(self, name: str, weight: float, window: WindowBatch) -> tuple[Tensor, StepOutput]:
         """Unroll the slots of one family; their contribution to the meta-loss, and what they did."""
@@ -153,6 +172,16 @@ class MetaTraining(L.LightningModule):
         diverged = rollout.carry.diverged
         output = StepOutput(name, rollout.losses, window.inner_step, diverged, rollout.update_rms)
         return weight * estimate.surrogate, output
+
+    def rehearse(self, batch: Batch) -> None:
+        """Compute a window and its meta-gradient, and leave no trace: to learn how long it takes."""
+        params = [param for param in self.parameters() if param.requires_grad]
+        with self._full_precision():
+            for name, weight, window in batch:
+                rule, carry = self.accelerated[name].rule, begin(self.rule, window, None)
+                estimate = self.estimator(rule, self.families[name], carry, window)
+                # Not backward(), which would set DDP's exchange of gradients off.
+                torch.autograd.grad(weight * estimate.surrogate, params, allow_unused=True)
 
     def _stop_if_lost(self, lost: bool) -> None:
         self.windows_lost = self.windows_lost + 1 if lost else 0
@@ -200,7 +229,8 @@ class MetaTraining(L.LightningModule):
         carry = None if window.window_index == 0 else self.valid_carry
         carry = begin(self.rule, window, carry, restart_diverged=False)
         rule, family = self.accelerated[name].rule, self.valid_families[name]
-        rollout = unroll(rule, family, carry, window, InnerGradient.NONE)
+        with self._full_precision():
+            rollout = unroll(rule, family, carry, window, InnerGradient.NONE)
         self.valid_carry = rollout.carry
         self.valid_losses.setdefault(name, []).append(rollout.losses)
 

@@ -11,8 +11,6 @@ from l2l_scale.training.data import WindowData
 from l2l_scale.tree import tree_map
 from l2l_scale.unroll import Carry
 
-Gathered = dict[str, list[Tensor]]
-
 
 def world_size(module: L.LightningModule) -> int:
     """How many ranks there are; one without a trainer."""
@@ -23,12 +21,17 @@ def all_slots(module: L.LightningModule, losses: Tensor) -> Tensor:
     """Collective. Losses (T, S) of every rank's slots, as many on each, in the order of the ranks."""
     if world_size(module) == 1:
         return losses
-    gathered = module.all_gather(losses)
-    assert isinstance(gathered, Tensor)
-    joined = gathered.transpose(0, 1).flatten(1, 2)
+    joined = torch.cat(_all_gather(losses), dim=1)
     data = module.trainer.datamodule  # type: ignore[attr-defined]
     # What makes the ranks' shares even is none of the validation tasks.
     return joined[:, : data.valid_tasks] if isinstance(data, WindowData) else joined
+
+
+def _all_gather(own: Tensor) -> list[Tensor]:
+    """Collective. A tensor of every rank, of one shape on all."""
+    everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, own.contiguous())
+    return everyone
 
 
 def gather_carries(module: L.LightningModule, carries: dict[str, Carry]) -> dict[str, Carry] | None:
@@ -62,8 +65,7 @@ def check_same_phi(module: L.LightningModule) -> None:
     """
     if world_size(module) == 1:
         return
-    hashes = module.all_gather(hash_of(list(module.parameters())))
-    assert isinstance(hashes, Tensor)
+    hashes = torch.stack(_all_gather(hash_of(list(module.parameters()))))
     others = (hashes != hashes[0]).nonzero().flatten().tolist()
     if others:
         raise RuntimeError(

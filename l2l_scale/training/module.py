@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -22,13 +20,12 @@ from l2l_scale.sampling import Batch
 from l2l_scale.tasks import CompiledFamily, MixedPrecision, Mixture, TaskFamily
 from l2l_scale.training import checkpoint as inflight
 from l2l_scale.training.data import WindowData
+from l2l_scale.training.meta_optimizer import adam_along_a_cosine
+from l2l_scale.training.precision import check_precision, full_precision
 from l2l_scale.training.ranks import all_slots, check_same_phi
 from l2l_scale.training.validation import validation_metrics
 from l2l_scale.tree import tree_detach
 from l2l_scale.unroll import Carry, InnerGradient, Rollout, WindowBatch, begin, unroll
-
-PRECISIONS = ("32-true", "64-true", "bf16-mixed")
-"""Of Lightning's, those that meta-training works in."""
 
 
 class StepOutput(NamedTuple):
@@ -116,13 +113,7 @@ class MetaTraining(L.LightningModule):
             ValueError: for a precision that loses what is learned from, or a meta-loss for another horizon.
         """
         precision = str(self.trainer.precision)
-        if precision not in PRECISIONS:
-            raise ValueError(
-                f"trainer.precision ({precision}) must be one of {', '.join(PRECISIONS)}: inner gradients "
-                "span ten orders of magnitude and are the rule's input, so they underflow in float16, and "
-                "small updates vanish beside a θ or φ of 16 bits. bf16-mixed computes the tasks in 16 bits "
-                "and keeps rule, θ and state in 32"
-            )
+        check_precision(precision)
         if precision == "bf16-mixed":
             for families in (self.families, self.valid_families):
                 for name, family in families.items():
@@ -145,7 +136,7 @@ class MetaTraining(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Unroll one window of every family; Lightning does the backward pass and the meta-step."""
-        with self._full_precision():
+        with full_precision(self.device):
             surrogates, outputs = zip(*(self._train_seat(*seat) for seat in batch), strict=True)
         surrogate = torch.stack(surrogates).sum()
         self.next_window = batch[0].window.window_index + 1
@@ -154,12 +145,6 @@ class MetaTraining(L.LightningModule):
         all_lost = sum(diverged) == sum(len(output.diverged) for output in outputs)
         self._stop_if_lost(all_lost or not bool(surrogate.isfinite()))
         return {"loss": surrogate, "windows": outputs}
-
-    def _full_precision(self) -> AbstractContextManager[object]:
-        """What bf16-mixed leaves as it is: all but the tasks, which switch autocast on for themselves."""
-        if self.device.type == "meta":  # which knows no autocast
-            return nullcontext()
-        return torch.autocast(self.device.type, enabled=False)
 
     def _train_seat(self, name: str, weight: float, window: WindowBatch) -> tuple[Tensor, StepOutput]:
         """Unroll the slots of one family; their contribution to the meta-loss, and what they did."""
@@ -176,7 +161,7 @@ class MetaTraining(L.LightningModule):
     def rehearse(self, batch: Batch) -> None:
         """Compute a window and its meta-gradient, and leave no trace: to learn how long it takes."""
         params = [param for param in self.parameters() if param.requires_grad]
-        with self._full_precision():
+        with full_precision(self.device):
             for name, weight, window in batch:
                 rule, carry = self.accelerated[name].rule, begin(self.rule, window, None)
                 estimate = self.estimator(rule, self.families[name], carry, window)
@@ -204,19 +189,9 @@ class MetaTraining(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Adam on φ, its learning rate falling along a cosine over the run."""
-        optimizer = torch.optim.Adam(self.parameters(), lr=self.learning_rate)
-        total, final = self.trainer.max_steps, self.final_fraction
-        if total < 1 and final < 1:
-            raise ValueError(
-                f"trainer.max_steps ({total}) must be > 0 for a learning rate that falls to "
-                f"final_fraction ({final}); set model.final_fraction=1 for an open-ended run"
-            )
-
-        def factor(step: int) -> float:
-            return final + (1 - final) * (1 + math.cos(math.pi * min(step / total, 1))) / 2
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor if final < 1 else lambda step: 1.0)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return adam_along_a_cosine(
+            self.parameters(), self.learning_rate, self.final_fraction, self.trainer.max_steps
+        )
 
     def on_validation_epoch_start(self) -> None:
         """Collective. Start all validation trajectories afresh; all ranks must have the same φ."""
@@ -229,7 +204,7 @@ class MetaTraining(L.LightningModule):
         carry = None if window.window_index == 0 else self.valid_carry
         carry = begin(self.rule, window, carry, restart_diverged=False)
         rule, family = self.accelerated[name].rule, self.valid_families[name]
-        with self._full_precision():
+        with full_precision(self.device):
             rollout = unroll(rule, family, carry, window, InnerGradient.NONE)
         self.valid_carry = rollout.carry
         self.valid_losses.setdefault(name, []).append(rollout.losses)

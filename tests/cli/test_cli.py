@@ -59,7 +59,10 @@ def fails(arguments, capsys, code=2) -> str:
         (["fit", *BASE, "--run_dir=runs/no", "--ckpt_path=last"], "runs/no/checkpoints/last.ckpt"),
         (["fit", *BASE, "--trainer.max_steps=-1"], "trainer.max_steps (-1) must be > 0"),
         (["fit", *BASE, "--trainer.max_steps=150"], "must be a multiple of data.windows_per_epoch (100)"),
-        (["fit", *BASE, "--trainer.precision=16-mixed"], "must be 32-true or 64-true: inner gradients"),
+        (
+            ["fit", *BASE, "--trainer.precision=16-mixed"],
+            "32-true, 64-true, bf16-mixed: inner gradients",
+        ),
         (["fit", *BASE, "--ckpt_path=last", "--overwrite=true"], "give one of them"),
         (["fit", BASE[0], *IMAGES, "--data.family.dataset=./nosuch"], "nosuch"),
         (["fit", *BASE, *WEIGHTS], "weights (3 numbers) must have one number per inner step"),

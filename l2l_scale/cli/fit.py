@@ -21,6 +21,7 @@ from l2l_scale.cli.run_folder import choose_folder, empty, find_checkpoint, keep
 from l2l_scale.deploy import classes_of
 from l2l_scale.training import MetaStepBar, PaceReport, TrajectoryMetrics
 from l2l_scale.training.memory import Machine, check_memory
+from l2l_scale.training.precision import check_precision
 
 
 class Fit(Experiment):
@@ -48,6 +49,7 @@ class Fit(Experiment):
     def before_instantiate_classes(self) -> None:
         """Settle the run folder first: a mistake there should cost nothing."""
         config = self.config
+        check_precision(config.trainer.precision)  # Lightning makes another one of 16-mixed on a CPU
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.folder = choose_folder(config.run_dir, self.name, config.ckpt_path is not None, config.overwrite)

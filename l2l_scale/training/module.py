@@ -112,9 +112,8 @@ class MetaTraining(L.LightningModule):
         Raises:
             ValueError: for a precision that loses what is learned from, or a meta-loss for another horizon.
         """
-        precision = str(self.trainer.precision)
-        check_precision(precision)
-        if precision == "bf16-mixed":
+        check_precision(self.trainer.precision)
+        if self.trainer.precision == "bf16-mixed":
             for families in (self.families, self.valid_families):
                 for name, family in families.items():
                     if not isinstance(family, MixedPrecision):

@@ -10,14 +10,21 @@ PRECISIONS = ("32-true", "64-true", "bf16-mixed")
 """Of Lightning's."""
 
 
-def check_precision(precision: str) -> None:
-    """Raise ``ValueError`` for one that loses what is learned from."""
-    if precision not in PRECISIONS:
+_SHORT = {"32": "32-true", "64": "64-true", "bf16": "bf16-mixed", "None": "32-true"}
+
+
+def check_precision(precision: object) -> None:
+    """Raise ``ValueError`` for one that loses what is learned from.
+
+    Args:
+        precision: as it was written for the trainer, which makes bf16-mixed of 16-mixed on a CPU.
+    """
+    if _SHORT.get(str(precision), precision) not in PRECISIONS:
         raise ValueError(
             f"trainer.precision ({precision}) must be one of {', '.join(PRECISIONS)}: inner gradients "
-            "span ten orders of magnitude and are the rule's input, so they underflow in float16, and small updates "
-            "vanish beside a θ or φ of 16 bits. bf16-mixed computes the tasks in 16 bits and keeps rule, θ "
-            "and state in 32"
+            "span ten orders of magnitude and are the rule's input, so they underflow in float16, and small "
+            "updates vanish beside a θ or φ of 16 bits. bf16-mixed computes the tasks in 16 bits and keeps "
+            "rule, θ and state in 32"
         )
 
 

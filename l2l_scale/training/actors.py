@@ -57,7 +57,11 @@ class Actors:
             node = _from_first_rank_of_node(own, trainer)
             if own is None:
                 pool.join_ray(node)
-        self.pool = pool.SamplerPool(sampler, self.settings, ranks)
+        try:
+            self.pool = pool.SamplerPool(sampler, self.settings, ranks)
+        except BaseException:  # Ctrl-C as well
+            pool.stop_ray()
+            raise
         return self.pool
 
     def stop(self) -> None:

@@ -74,7 +74,7 @@ def test_single_precision_knows_no_autocast(tmp_path):
 
 
 def test_setting_up_twice_wraps_once(tmp_path):
-    module, trainer = train(tmp_path, "bf16-mixed", max_steps=3)
+    module, _ = train(tmp_path, "bf16-mixed", max_steps=3)
     module.setup("fit")
     for families in (module.families, module.valid_families):
         assert isinstance(families[""], MixedPrecision)

@@ -83,7 +83,9 @@ class Fit(Experiment):
             trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.ckpt_path)
         except SystemExit as stop:  # Lightning's answer to Ctrl-C
             if trainer.interrupted:
-                print(f"stopped; to go on: l2l-scale fit -c {self.folder / 'config.yaml'} --ckpt_path last")
+                config = self.folder / "config.yaml"
+                if trainer.is_global_zero:
+                    print(f"stopped; to go on: l2l-scale fit -c {config} --ckpt_path last")
                 raise KeyboardInterrupt from stop
             raise
         if trainer.is_global_zero:

@@ -50,6 +50,7 @@ class Fit(Experiment):
         """Settle the run folder first: a mistake there should cost nothing."""
         config = self.config
         check_precision(config.trainer.precision)  # Lightning makes another one of 16-mixed on a CPU
+        torch.set_float32_matmul_precision(config.float32_matmul)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.folder = choose_folder(config.run_dir, self.name, config.ckpt_path is not None, config.overwrite)

@@ -121,7 +121,7 @@ class MetaTraining(L.LightningModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, WindowData):
             self.estimator.check_horizons(data.schedule.horizons)
-            self.estimator.check_teacher(data.teacher is not None)
+            self.estimator.check_teacher(frozenset() if data.teacher is None else data.teacher.gives)
 
     def on_fit_start(self) -> None:
         """Put resident data on the device, and choose how the rule is computed there."""

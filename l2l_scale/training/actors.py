@@ -62,7 +62,11 @@ class Actors:
             node = _from_first_rank_of_node(own, trainer)
             if trainer.local_rank != 0:
                 pool.join_ray(node)
-        self.pool = pool.SamplerPool(sampler, self.settings, ranks)
+        try:
+            self.pool = pool.SamplerPool(sampler, self.settings, ranks)
+        except BaseException:
+            pool.stop_ray()
+            raise
         return self.pool
 
     def stop(self) -> None:

@@ -64,7 +64,12 @@ class Fit(Experiment):
         self.trainer_defaults["callbacks"] = own
         if self.config.trainer.logger in (None, True):
             kwargs["logger"] = CSVLogger(self.folder, name="", version="", flush_logs_every_n_steps=1)
-        return super().instantiate_trainer(**kwargs)
+        kwargs["default_root_dir"] = self.config.trainer.default_root_dir or str(self.folder)
+        trainer = super().instantiate_trainer(**kwargs)
+        # First of all: what other callbacks write or log at the start belongs to the new run.
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks.sort(key=lambda callback: not isinstance(callback, RunFolder))
+        return trainer
 
     def train(self) -> None:
         """Train, then export the best rule and say what comes next."""

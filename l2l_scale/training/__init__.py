@@ -3,5 +3,13 @@
 from l2l_scale.training.data import WindowData
 from l2l_scale.training.metrics import MetaStepBar, TrajectoryMetrics
 from l2l_scale.training.module import DivergedError, MetaTraining
+from l2l_scale.training.validation_curves import ValidationCurves
 
-__all__ = ["DivergedError", "MetaStepBar", "MetaTraining", "TrajectoryMetrics", "WindowData"]
+__all__ = [
+    "DivergedError",
+    "MetaStepBar",
+    "MetaTraining",
+    "TrajectoryMetrics",
+    "ValidationCurves",
+    "WindowData",
+]

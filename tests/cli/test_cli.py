@@ -54,6 +54,7 @@ def fails(arguments, capsys, code=2) -> str:
         (["fit", *BASE, "--model.learning_rate=.nan"], "learning_rate (nan) must be a finite number > 0"),
         (["fit", "--model.rule=CoordinatewiseLSTN", "--data.family=Quadratic"], "'CoordinatewiseLSTM'"),
         (["fit", "--data.family=Quadratic"], "model.rule"),
+        (["fit", *BASE, "--trainer.callbacks+=ValidationCurves", "--trainer.callbacks.every=0"], "every (0)"),
         (["fit", "-c", "no.yaml"], "File does not exist"),
         (["fit", *BASE, "--ckpt_path=no.ckpt"], "there is no checkpoint no.ckpt"),
         (["fit", *BASE, "--run_dir=runs/no", "--ckpt_path=last"], "runs/no/checkpoints/last.ckpt"),

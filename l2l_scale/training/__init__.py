@@ -4,6 +4,7 @@ from l2l_scale.training.data import WindowData
 from l2l_scale.training.metrics import MetaStepBar, TrajectoryMetrics
 from l2l_scale.training.module import DivergedError, MetaTraining
 from l2l_scale.training.validation_curves import ValidationCurves
+from l2l_scale.training.wandb_run import WandbRun
 
 __all__ = [
     "DivergedError",
@@ -11,5 +12,6 @@ __all__ = [
     "MetaTraining",
     "TrajectoryMetrics",
     "ValidationCurves",
+    "WandbRun",
     "WindowData",
 ]

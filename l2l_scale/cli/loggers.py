@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,8 @@ from jsonargparse import Namespace
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from l2l_scale.deploy.files import read_header
+from l2l_scale.evaluation import Report
+from l2l_scale.evaluation.settings import HELD_OUT
 from l2l_scale.training import WandbRun
 
 
@@ -75,3 +78,28 @@ def log_rule(loggers: list[Logger], rule: Path) -> None:
     """Log an exported rule, with what its file says of it."""
     for run in wandb_runs(loggers):
         run.log_files("rule", [rule], read_header(rule)["metadata"])
+
+
+def log_report(loggers: list[Logger], report: Report, folder: Path, meta_steps: int | None) -> None:
+    """Log an evaluation after so many meta-steps: its picture, its table and its numbers."""
+    for run in wandb_runs(loggers):
+        run.begin()
+        run.log_image("evaluation/curves", [str(folder / "curves.png")], meta_steps)
+        run.log_table("evaluation/losses", *losses_in_numbers(report), step=meta_steps)
+        run.log_files("evaluation", [folder / "report.json"])
+        run.finish()
+
+
+def losses_in_numbers(report: Report) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows of the held-out test, one row an optimizer; None where a number is infinite."""
+    optimizers = report["tests"][HELD_OUT]["optimizers"]
+    steps = list(next(iter(optimizers.values()))["mean"])
+    columns = ["optimizer", "kind", *(f"mean @{t}" for t in steps), *(f"median @{t}" for t in steps)]
+    columns += [f"sum 1…{report['horizon']}", "diverged", "tasks", "hyper-parameters"]
+    rows: list[list[Any]] = []
+    for name, entry in optimizers.items():
+        losses = [entry["mean"][t] for t in steps] + [entry["median"][t] for t in steps]
+        chosen = json.dumps(entry["hyper_parameters"], ensure_ascii=False)
+        row = [name, entry["kind"], *losses, entry["sum_mean"]]
+        rows.append([*row, entry["num_diverged"], entry["num_tasks"], chosen])
+    return columns, rows

@@ -24,6 +24,7 @@ OVERLAY = ["-c", str(ROOT / "configs" / "overlays" / "wandb.yaml")]
 PLAIN = ["--trainer.logger=WandbRun"]
 """Without the picture at validations."""
 QUIET = ["--trainer.enable_progress_bar=false"]
+EVALUATION = ["--evaluation.num_tasks=16", "--evaluation.num_tuning_tasks=8", "--evaluation.baselines=[SGD]"]
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +197,32 @@ def test_failed_run_is_recorded_as_failed(tmp_path, capsys):
     assert piece.exit_codes == [1]
 
 
+def test_evaluation_goes_into_the_same_run(copied):
+    main(["evaluate", "-c", str(copied / "config.yaml"), *EVALUATION])
+    fit, evaluation = pieces(copied)
+    assert fit.id == evaluation.id
+    rows = {key: row for row in evaluation.history for key in row}
+    (picture,) = (copied / "wandb").glob(
+        f"offline-run-*/files/{rows['evaluation/curves/filenames']['evaluation/curves/filenames'][0]}"
+    )
+    assert picture.read_bytes() == (copied / "evaluation" / "curves.png").read_bytes()
+    assert all(row["trainer/global_step"] == 50 for row in evaluation.history)
+    media = rows["evaluation/losses/path"]["evaluation/losses/path"]
+    (path,) = (copied / "wandb").glob(f"offline-run-*/files/{media}")
+    table = json.loads(path.read_text())
+    report = json.loads((copied / "evaluation" / "report.json").read_text())["tests"]["held-out"]
+    losses = {row[0]: row[table["columns"].index("mean @20")] for row in table["data"]}
+    assert losses == {name: entry["mean"]["20"] for name, entry in report["optimizers"].items()}
+    assert evaluation.artifacts["evaluation"].manifest.contents[0].path == "report.json"
+
+
+def test_evaluation_without_the_overlay_is_as_before(run, tmp_path, capsys):
+    rule = str(run[0] / "rule.safetensors")
+    main(["evaluate", *SMOKE, "--rule", rule, "--out", str(tmp_path), *EVALUATION])
+    assert "W&B" not in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md", "curves.png"}
+
+
 def test_mode_disabled_logs_nothing_and_says_nothing(tmp_path, capsys):
     main(["fit", *SMOKE, *PLAIN, *QUIET, "--trainer.logger.mode=disabled", "--run_dir", str(tmp_path)])
     assert "W&B" not in capsys.readouterr().out
@@ -224,6 +251,7 @@ def closed_port():
         yield held.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_server_that_does_not_answer_costs_the_init_timeout_and_the_run_is_offline(tmp_path, closed_port):
     environment = {**os.environ, "WANDB_BASE_URL": f"http://127.0.0.1:{closed_port}", "WANDB_API_KEY": KEY}
     logger = [*PLAIN, "--trainer.logger.init_timeout=2"]
@@ -253,24 +281,26 @@ def online(monkeypatch, server):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
 
 
-def test_online_run_is_resumed_under_its_id(tmp_path, monkeypatch, capsys):
+def test_online_run_is_resumed_and_evaluated_under_its_id(tmp_path, monkeypatch, capsys):
     with WandbServer() as server:
         online(monkeypatch, server)
         main(["fit", *SMOKE, *OVERLAY, *QUIET, "--run_dir", str(tmp_path)])
         config = str(tmp_path / "config.yaml")
         main(["fit", "-c", config, "--ckpt_path=last", "--trainer.max_steps=75"])
+        main(["evaluate", "-c", config, *EVALUATION])
     first, *more = server.started
-    assert more == [first]
+    assert more == [first, first]
     assert (tmp_path / "wandb" / "run_id").read_text().split() == [first]
     lines = said_by_wandb(capsys.readouterr().out)
-    assert len(lines) == 2
+    assert len(lines) == 3
     assert all(line.startswith(f"W&B: run {first} at {server.url}") for line in lines)
     steps = [row["trainer/global_step"] for row in server.history[first] if "valid/sum" in row]
     assert steps == [25, 50, 75]
-    assert "rule" in server.artifact_types
+    assert {"rule", "evaluation"} <= set(server.artifact_types)
     assert server.config["git"]
     assert server.config["model"]["value"]["rule"]["init_args"]["hidden_size"] == 8
     assert server.uploads["rule.safetensors"] == (tmp_path / "rule.safetensors").stat().st_size
+    assert any(name.startswith("media/images/evaluation/curves") for name in server.uploads)
 
 
 def test_server_that_goes_away_does_not_hold_up_the_end(tmp_path, monkeypatch, capsys):

@@ -40,6 +40,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _nothing_is_uploaded() -> Iterator[None]:
+    """A key that the user has for W&B is not for tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        yield
+
+
 @pytest.fixture
 def double() -> Iterator[torch.dtype]:
     """Make float64 the default for what the test creates."""

@@ -58,9 +58,10 @@ def keep_metrics(folder: Path) -> None:
 
 def empty(folder: Path) -> None:
     """Delete a run; only what a run writes, so that a mistyped folder loses nothing else."""
-    for name in ("checkpoints", "evaluation"):
+    for name in ("checkpoints", "evaluation", "wandb"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for path in (folder / "config.yaml", folder / "rule.safetensors", *folder.glob("metrics*.csv")):
+    files = (folder / name for name in ("config.yaml", "rule.safetensors", "validation.png"))
+    for path in (*files, *folder.glob("metrics*.csv")):
         path.unlink(missing_ok=True)
 
 

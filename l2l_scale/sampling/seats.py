@@ -64,13 +64,13 @@ def seats_of(mixture: Mixture, total_slots: int, rank: int, world_size: int) -> 
             for name, weight in weights.items()
         )
     ranks = divide(world_size, {name: len(range_) for name, range_ in slots.items()}, "number of ranks")
-    first = 0
-    for name, count in ranks.items():
-        if rank < first + count:
-            own = _share_of(name, slots[name], rank - first, count)
-            return (Seat(name, own, weights[name] * world_size / count),)
-        first += count
-    raise AssertionError((rank, ranks))
+    # Those of all ranks, so that every one refuses what any one would.
+    everyone = [
+        Seat(name, _share_of(name, slots[name], number, count), weights[name] * world_size / count)
+        for name, count in ranks.items()
+        for number in range(count)
+    ]
+    return (everyone[rank],)
 
 
 def _share_of(name: str, slots: range, rank: int, ranks: int) -> range:

@@ -110,10 +110,14 @@ def divide(total: int, shares: Mapping[str, float], what: str) -> dict[str, int]
         raise ValueError(
             f"{what} ({total}) must be at least the number of families in the mixture ({len(shares)})"
         )
-    rest, whole = total - len(shares), sum(shares.values())
-    exact = {name: rest * share / whole for name, share in shares.items()}
-    counts = {name: 1 + int(value) for name, value in exact.items()}
-    by_remainder = sorted(shares, key=lambda name: int(exact[name]) - exact[name])
+    counts, large, rest = dict.fromkeys(shares, 1), dict(shares), total
+    while small := [name for name in large if rest * large[name] < sum(large.values())]:
+        for name in small:  # less than one is due to it, and it gets one
+            del large[name]
+        rest -= len(small)
+    exact = {name: rest * share / sum(large.values()) for name, share in large.items()}
+    counts |= {name: int(value) for name, value in exact.items()}
+    by_remainder = sorted(exact, key=lambda name: int(exact[name]) - exact[name])
     for name in by_remainder[: total - sum(counts.values())]:
         counts[name] += 1
     return counts

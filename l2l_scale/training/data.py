@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 
 from l2l_scale.checks import check_count
+from l2l_scale.deploy import describe_rule
 from l2l_scale.optimizers import UpdateRule
 from l2l_scale.rng import Split
 from l2l_scale.sampling import (
@@ -46,7 +47,8 @@ class WindowData(L.LightningDataModule):
         pool: how windows are drawn; in this process if not given.
 
     Raises:
-        ValueError: if a number is below 1 or the window does not divide the horizon.
+        ValueError: if a number is below 1, the window does not divide the horizon, or the teacher cannot be
+            described in a checkpoint.
     """
 
     def __init__(
@@ -75,6 +77,8 @@ class WindowData(L.LightningDataModule):
         self.teacher = None if teacher is None else Teacher(teacher, teacher_iterates)
         self.pool = PoolSettings() if pool is None else pool
         self.actors = Actors(self.pool)
+
+        self.describe()  # a teacher that no file can describe is refused now, not at the first checkpoint
 
     def seats(self, rank: int, world_size: int) -> tuple[Seat, ...]:
         """What a rank works on.
@@ -137,7 +141,7 @@ class WindowData(L.LightningDataModule):
             "window": schedule.window,
             "staggered": schedule.staggered,
             "curriculum": repr(schedule.curriculum),
-            "teacher": repr(self.teacher),
+            "teacher": None if self.teacher is None else describe_rule(self.teacher.rule),
             "slots": self.slots,
             "seed": self.seed,
         }

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import ray
+from ray import cloudpickle
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from l2l_scale.sampling.seats import Pieces, RankSampler
@@ -116,13 +117,19 @@ def _our_signals() -> Iterator[None]:
 
 
 class _Actor:
-    """Draws its part of the slots. It has no state: whatever it knew it can draw again."""
+    """Draws its part of the slots. It has no state: whatever it knew it can draw again.
 
-    def __init__(self, sampler: RankSampler) -> None:
+    Args:
+        path: where the trainer's process finds modules; Ray tells its processes a part of that only.
+        sampler: pickled, for it may need these modules.
+    """
+
+    def __init__(self, path: list[str], sampler: bytes) -> None:
         import torch
 
         torch.set_num_threads(1)
-        self.sampler = sampler
+        sys.path.extend(entry for entry in path if entry not in sys.path)
+        self.sampler: RankSampler = cloudpickle.loads(sampler)
 
     def draw(self, index: int) -> Pieces:
         """The window with this index, in single precision."""
@@ -157,8 +164,12 @@ class SamplerPool:
         remote = ray.remote(
             num_cpus=settings.cpus_per_actor, max_restarts=-1, max_task_retries=-1, num_gpus=0
         )(_Actor)
+        shares = [
+            cloudpickle.dumps(sampler.part(number, parts))  # type: ignore[no-untyped-call]
+            for number in range(parts)
+        ]
         self.actors: list[Any] = [
-            remote.remote(sampler.part(number % parts, parts)) for number in range(settings.num_actors)
+            remote.remote(sys.path, shares[number % parts]) for number in range(settings.num_actors)
         ]
         self.parts, self.depth = parts, settings.depth
         self.in_flight: deque[tuple[int, list[ray.ObjectRef[Any]]]] = deque()

@@ -64,7 +64,7 @@ class Actors:
                 pool.join_ray(node)
         try:
             self.pool = pool.SamplerPool(sampler, self.settings, ranks)
-        except BaseException:
+        except BaseException:  # Ctrl-C as well
             pool.stop_ray()
             raise
         return self.pool

@@ -1,4 +1,4 @@
-"""What the benchmarks' command lines share: lists between commas, and the bar that shows how far one is."""
+"""What the benchmarks' command lines share: lists between commas, numbers, and a progress bar."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ def names(text: str) -> list[str]:
 def counts(text: str) -> list[int]:
     """Whole numbers between commas."""
     return [int(name) for name in names(text)]
+
+
+def rate(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def console_here() -> Console:

@@ -87,7 +87,18 @@ def test_all_wait_for_the_slowest(model) -> None:
 
 def test_two_processes_are_measured_and_many_gpus_predicted(tmp_path: Path) -> None:
     out = tmp_path / "new" / "scaling.json"
-    arguments = "--workloads S=2 --rounds 1 --seconds 0.1 --gpus 1,16 --total_slots 8".split()
+    arguments = [
+        "--workloads",
+        "S=2",
+        "--rounds",
+        "1",
+        "--seconds",
+        "0.1",
+        "--gpus",
+        "1,16",
+        "--total_slots",
+        "8",
+    ]
     run = subprocess.run(
         [sys.executable, SCRIPT, *arguments, "--json", out], check=True, capture_output=True, text=True
     )

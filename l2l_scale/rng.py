@@ -30,6 +30,7 @@ class Channel(IntEnum):
     DATA = 2
     NOISE = 3
     HORIZON = 4
+    ARCHITECTURE = 5
 
 
 _CHANNELS = 1 << 8  # room for more channels without moving a split's streams

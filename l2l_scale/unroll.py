@@ -36,7 +36,8 @@ class WindowBatch(NamedTuple):
     horizon: Tensor
     """(S,) T of each slot's trajectory."""
     teacher: Tensors
-    """What a teacher did on the same problems, if there is one: "losses", its f(θ_1) … f(θ_K), (K, S)."""
+    """What a teacher did on the same problems, if there is one: "losses", its f(θ_1) … f(θ_K), (K, S), and
+    if asked for "theta", its θ_0 … θ_K, (K + 1, S, N)."""
 
 
 class Carry(NamedTuple):

@@ -18,17 +18,6 @@ import torch
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def benchmarks(monkeypatch: pytest.MonkeyPatch):
-    """Imports a module of scripts/benchmarks."""
-    monkeypatch.syspath_prepend(ROOT / "scripts/benchmarks")
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if str(ROOT / "scripts") in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
-
-
 def peer_gradient(benchmarks, workload, batch, peer):
     """The meta-loss, with the peer's gradients filled in."""
     total = benchmarks("eager_peer").meta_loss(

@@ -1,15 +1,28 @@
-"""Every YAML file parses, builds, and runs: two meta-steps and a tiny evaluation."""
+"""Every YAML file parses, builds, and runs: two meta-steps and a tiny evaluation.
+
+Overlays run on the smoke configuration, and each must have the effect that it is for.
+"""
 
 import json
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import shared_data
+from lightning.pytorch.strategies import DDPStrategy
 
 from l2l_scale.cli.evaluate import run as evaluate
 from l2l_scale.cli.fit import Fit
+from l2l_scale.sampling import PoolSettings
+from l2l_scale.tasks import MixedPrecision
 
-CONFIGS = sorted(Path(__file__).parents[1].glob("configs/**/*.yaml"))
+PoolSettings().prepare_environment()  # before Ray is imported
+
+from l2l_scale.sampling.pool import SamplerPool  # noqa: E402
+
+FOLDER = Path(__file__).parents[1] / "configs"
+CONFIGS = sorted(FOLDER.glob("*.yaml"))
+OVERLAYS = sorted(FOLDER.glob("overlays/*.yaml"))
 TINY = [
     "--trainer.max_steps",
     "2",
@@ -41,12 +54,69 @@ TINY_EVALUATION = [
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_config_trains_and_evaluates(config, tmp_path):
     data = ["--data.family.dataset", shared_data("mnist")] if "mnist" in config.name else []
+    families = Fit(["-c", str(config), "--run_dir", str(tmp_path / "look")]).datamodule.mixture.families
+    data += ["--data.slots", str(max(len(families), 2))]  # one for each at least
     fit = Fit(["-c", str(config), "--run_dir", str(tmp_path), *TINY, *data])
     fit.train()
     assert fit.trainer.global_step == 2
     assert (tmp_path / "config.yaml").is_file()
     assert (tmp_path / "metrics.csv").is_file()
     evaluate(["-c", str(tmp_path / "config.yaml"), *TINY_EVALUATION])
-    report = json.loads((tmp_path / "evaluation" / "report.json").read_text())
-    assert report["horizon"] == fit.datamodule.schedule.horizon
-    assert set(report["tests"]["held-out"]["optimizers"]) >= {"learned", "SGD"}
+    for name in fit.datamodule.mixture.families:
+        report = json.loads((tmp_path / "evaluation" / name / "report.json").read_text())
+        assert report["horizon"] == fit.datamodule.schedule.horizon
+        assert set(report["tests"]["held-out"]["optimizers"]) >= {"learned", "SGD"}
+
+
+def wandb_effect(fit, folder):
+    """A run of W&B in the run folder, and the picture of a validation."""
+    assert len(list(folder.glob("wandb/offline-run-*/run-*.wandb"))) == 1
+    assert (folder / "validation.png").is_file()
+
+
+def two_processes_effect(fit, folder):
+    """See tests/cli, where they are started."""
+    assert (fit.trainer.num_devices, fit.trainer.world_size) == (2, 2)
+    assert isinstance(fit.trainer.strategy, DDPStrategy)
+
+
+def ddp_effect(fit, folder):
+    """Of as many ranks as there are devices: here one."""
+    assert isinstance(fit.trainer.strategy, DDPStrategy)
+
+
+def bf16_effect(fit, folder):
+    """Only the tasks are computed in 16 bits."""
+    assert all(isinstance(family, MixedPrecision) for family in fit.model.families.values())
+    assert all(parameter.dtype == torch.float32 for parameter in fit.model.parameters())
+
+
+def actors_effect(fit, folder):
+    """There were actors, and they are gone."""
+    assert isinstance(fit.trainer.train_dataloader.draw, SamplerPool)
+    assert fit.datamodule.actors.pool is None
+
+
+EFFECTS = {
+    "actors": actors_effect,
+    "bf16": bf16_effect,
+    "cpu2": two_processes_effect,
+    "ddp": ddp_effect,
+    "wandb": wandb_effect,
+}
+"""What an overlay does, by its name; each takes what was fitted and the run folder."""
+
+
+def test_effect_of_every_overlay_is_tested():
+    assert set(EFFECTS) == {path.stem for path in OVERLAYS}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
+def test_overlay_has_its_effect(overlay, tmp_path):
+    base = ["-c", str(FOLDER / "smoke.yaml")]
+    fit = Fit([*base, "-c", str(overlay), "--run_dir", str(tmp_path), *TINY])
+    if fit.trainer.num_devices == 1:  # else Lightning would start pytest once more
+        fit.train()
+        assert fit.trainer.global_step == 2
+        assert (tmp_path / "metrics.csv").is_file()
+    EFFECTS[overlay.stem](fit, tmp_path)

@@ -95,5 +95,5 @@ def test_the_numbers_of_splits_and_channels_are_fixed() -> None:
         ("TUNE", 2),
         ("TEST", 3),
     ]
-    names = ["TASK", "INIT", "DATA", "NOISE", "HORIZON"]
+    names = ["TASK", "INIT", "DATA", "NOISE", "HORIZON", "ARCHITECTURE"]
     assert [(c.name, c.value) for c in Channel] == [(name, value) for value, name in enumerate(names)]

@@ -13,7 +13,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["scripts/quickstart", "scripts/test", "scripts/benchmark", ".ci/run"]
+COMMANDS = [
+    *("scripts/quickstart", "scripts/two_processes", "scripts/test", "scripts/benchmark"),
+    *("scripts/benchmark_sampling", "scripts/benchmark_scaling", ".ci/run"),
+]
 PIN = re.compile(r'([A-Za-z0-9._-]+)==([0-9][0-9a-z.]*)(?:; (python_version (?:<|>=) "3\.\d+"))?')
 # Installed unpinned on purpose: the installers, and the CUDA libraries that torch itself pins.
 UNPINNED = re.compile(r"pip|setuptools|triton|(nvidia|cuda)-.*")
@@ -178,6 +181,19 @@ def test_quickstart_trains_and_evaluates_the_same_rule_and_names_what_it_made(cl
     for made in ("evaluation/curves.png", "evaluation/report.md", "rule.safetensors"):
         assert f"{clone.folder}/{folder}/{made}" in result.stdout
     assert (ROOT / re.search(r"-c (\S+)", calls[1])[1]).is_file()
+
+
+def test_two_processes_start_with_one_command_that_takes_arguments(clone: Clone) -> None:
+    result, calls = clone.run("scripts/two_processes", "--trainer.max_steps", "200")
+    assert result.returncode == 0, result.stderr
+    assert [call.split()[2] for call in calls] == ["install", "fit"]
+    assert calls[1].endswith(" --trainer.max_steps 200")
+    configs = re.findall(r"-c (\S+)", calls[1])
+    assert [(ROOT / config).is_file() for config in configs] == [True, True]
+    assert "devices: 2" in (ROOT / configs[1]).read_text()
+    folder = re.search(r"--run_dir (\S+)", calls[1])[1]
+    assert f"{clone.folder}/{folder}/rule.safetensors" in result.stdout
+    assert clone.run("scripts/two_processes", FAIL="*fit*")[0].returncode == 3
 
 
 @pytest.mark.parametrize(

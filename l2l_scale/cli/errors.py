@@ -38,5 +38,5 @@ def suggestion(text: str, parser: ArgumentParser) -> str:
 
 
 def _known_classes() -> list[str]:
-    packages = ("tasks", "optimizers", "estimators")
+    packages = ("tasks", "optimizers", "estimators", "training")
     return [name for package in packages for name in import_module(f"l2l_scale.{package}").__all__]

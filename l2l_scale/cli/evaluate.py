@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.loggers import Logger
 
 from l2l_scale.cli.experiment import Reader
-from l2l_scale.cli.export import read_rule
+from l2l_scale.cli.export import meta_steps_of, read_rule
+from l2l_scale.cli.loggers import configured, give_folder, log_reports
 from l2l_scale.deploy import classes_of
 from l2l_scale.evaluation import evaluate
 from l2l_scale.optimizers import UpdateRule
@@ -36,6 +38,17 @@ class Evaluate(Reader):
             default=None,
             help="folder of the report; 'evaluation' beside the rule if not given",
         )
+
+    def before_instantiate_classes(self) -> None:
+        """Let a configured logger go on with the run that it logged."""
+        if self.config.run_dir or self.config.rule:
+            folder = Path(self.config.run_dir) if self.config.run_dir else self.out()
+            give_folder(self.config.trainer, folder)
+
+    @property
+    def loggers(self) -> list[Logger]:
+        """The configured loggers."""
+        return configured(self.config_init.trainer.logger)
 
     def files(self) -> dict[str, Path]:
         """Where the learned rules are, by name.
@@ -67,10 +80,14 @@ def run(arguments: list[str]) -> None:
     """Evaluate as the command line says."""
     command = Evaluate(arguments)
     rules, out = command.rules(), command.out()
+    reports = {}
     for name, family in command.mixture.families.items():
         if name:
             print(f"== {name}: {family}")
         folder = out / name  # of a mixture each family has its own; "" is no folder
-        evaluate(rules, family, command.horizon, command.evaluation, folder)
+        report = evaluate(rules, family, command.horizon, command.evaluation, folder)
+        reports[name] = report, folder
         print(f"report   {folder / 'report.md'}\nnumbers  {folder / 'report.json'}")
         print(f"picture  {folder / 'curves.png'}")
+    if command.loggers:
+        log_reports(command.loggers, reports, meta_steps_of(next(iter(command.files().values()))))

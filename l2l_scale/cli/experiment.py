@@ -12,7 +12,7 @@ import warnings
 from abc import abstractmethod
 from argparse import ArgumentError
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -91,6 +91,13 @@ class Experiment(LightningCLI):
             type=PositiveInt | None,
             default=None,
             help="CPU threads of training; torch decides if not given. Small tasks are fastest with 1",
+        )
+        parser.add_argument(
+            "--float32_matmul",
+            type=Literal["highest", "high", "medium"],
+            default="highest",
+            help="precision of float32 matrix products on GPUs: high and medium allow TF32, which is faster "
+            "and keeps 10 bits of each factor (torch.set_float32_matmul_precision)",
         )
         self.add_options(parser)
 

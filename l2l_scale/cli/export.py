@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser
 
-from l2l_scale.deploy import build_rule, load_rule, save_rule
+from l2l_scale.deploy import build_rule, load_rule, read_header, save_rule
 from l2l_scale.optimizers import UpdateRule
 from l2l_scale.training.checkpoint import KEY
 
@@ -82,6 +82,14 @@ def read_rule(path: Path, classes: Sequence[type] = ()) -> UpdateRule:
         ValueError: if it is neither.
     """
     return rule_of(read_checkpoint(path), classes) if path.suffix == ".ckpt" else load_rule(path, classes)
+
+
+def meta_steps_of(path: Path) -> int | None:
+    """After how many meta-steps a rule's file was written; None if it does not say."""
+    if path.suffix == ".ckpt":
+        return int(read_checkpoint(path)["global_step"])
+    steps = read_header(path)["metadata"].get("meta_steps")
+    return steps if isinstance(steps, int) else None
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import warnings
 from pathlib import Path
@@ -9,19 +10,21 @@ from typing import Any
 
 import lightning as L
 import torch
+from jsonargparse import Namespace
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from l2l_scale.cli.experiment import Experiment
 from l2l_scale.cli.export import export_rule
+from l2l_scale.cli.loggers import all_loggers, ending, give_folder, log_rule, take_folder, wandb_runs
 from l2l_scale.cli.run_folder import choose_folder, empty, find_checkpoint, keep_metrics
 from l2l_scale.deploy import classes_of
 from l2l_scale.training import MetaStepBar, PaceReport, TrajectoryMetrics
 from l2l_scale.training.memory import Machine, check_memory
 from l2l_scale.training.precision import check_precision
+from l2l_scale.training.surroundings import git_state, versions
 
 
 class Fit(Experiment):
@@ -50,23 +53,29 @@ class Fit(Experiment):
         """Settle the run folder first: a mistake there should cost nothing."""
         config = self.config
         check_precision(config.trainer.precision)  # Lightning makes another one of 16-mixed on a CPU
+        torch.set_float32_matmul_precision(config.float32_matmul)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.folder = choose_folder(config.run_dir, self.name, config.ckpt_path is not None, config.overwrite)
         self.ckpt_path = find_checkpoint(config.ckpt_path, self.folder)
         config.run_dir = str(self.folder)
+        give_folder(config.trainer, self.folder)
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(self.folder / "checkpoints")
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Lightning's trainer with our logger (unless another is configured) and callbacks."""
+        """Lightning's trainer with our logger, what is configured besides, and our callbacks."""
         own: list[Callback] = [RunFolder(self), PaceReport(), TrajectoryMetrics()]
         if self.config.trainer.enable_progress_bar in (None, True):
             own.append(MetaStepBar())
         self.trainer_defaults["callbacks"] = own
-        if self.config.trainer.logger in (None, True):
-            kwargs["logger"] = CSVLogger(self.folder, name="", version="", flush_logs_every_n_steps=1)
-        return super().instantiate_trainer(**kwargs)
+        kwargs["logger"] = all_loggers(self.config_init.trainer.logger, self.folder)
+        kwargs["default_root_dir"] = self.config.trainer.default_root_dir or str(self.folder)
+        trainer = super().instantiate_trainer(**kwargs)
+        # First of all: what other callbacks write or log at the start belongs to the new run.
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks.sort(key=lambda callback: not isinstance(callback, RunFolder))
+        return trainer
 
     def train(self) -> None:
         """Train, then export the best rule and say what comes next."""
@@ -79,25 +88,39 @@ class Fit(Experiment):
             check_memory(self.model, self.datamodule, machine_of(trainer))
         if trainer.is_global_zero:
             keep_metrics(self.folder)  # before Lightning sets its logger up, which deletes them
-        try:
-            trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.ckpt_path)
-        except SystemExit as stop:  # Lightning's answer to Ctrl-C
-            if trainer.interrupted:
-                config = self.folder / "config.yaml"
-                if trainer.is_global_zero:
-                    print(f"stopped; to go on: l2l-scale fit -c {config} --ckpt_path last")
-                raise KeyboardInterrupt from stop
-            raise
-        if trainer.is_global_zero:
-            self.finish(time.perf_counter() - started)
+        with ending(trainer.loggers):
+            try:
+                trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.ckpt_path)
+            except SystemExit as stop:  # Lightning's answer to Ctrl-C
+                if trainer.interrupted:
+                    config = self.folder / "config.yaml"
+                    if trainer.is_global_zero:
+                        print(f"stopped; to go on: l2l-scale fit -c {config} --ckpt_path last")
+                    raise KeyboardInterrupt from stop
+                raise
+            if trainer.is_global_zero:
+                self.finish(time.perf_counter() - started)
 
-    def save_config(self) -> None:
-        """Write the configuration, all defaults included, so that every command takes it again."""
-        config = self.config.clone()
+    def begin_logging(self) -> None:
+        """Start the runs of W&B, now that it is sure that there will be something to log."""
+        for run in wandb_runs(self.trainer.loggers):
+            run.begin()
+            text = self.parser.dump(self.saved_config(), "json", skip_none=False, skip_validation=True)
+            run.log_hyperparams({**json.loads(text), "git": git_state(), "versions": versions()})
+
+    def saved_config(self) -> Namespace:
+        """The configuration, all defaults included, such that every command takes it again."""
+        config: Namespace = self.config.clone()
+        take_folder(config.trainer, self.folder)
         if config.checkpoint.dirpath == str(self.folder / "checkpoints"):
             config.checkpoint.dirpath = None  # else a run from this file would write into this folder
         for option in ("config", "overwrite", "ckpt_path", "check_memory"):
             config.pop(option, None)
+        return config
+
+    def save_config(self) -> None:
+        """Write the configuration into the run folder."""
+        config = self.saved_config()
         text = self.parser.dump(config, skip_none=False, skip_validation=True)
         (self.folder / "config.yaml").write_text(text, encoding="utf-8")
 
@@ -139,6 +162,7 @@ class Fit(Experiment):
             print("no checkpoint was written (no validation came, or trainer.enable_checkpointing is false)")
             return
         rule = export_rule(best, self.folder / "rule.safetensors", classes_of(self.model.rule))
+        log_rule(self.trainer.loggers, rule)
         print(f"best rule by {self.config.checkpoint.monitor}: {rule}")
         print(f"next: l2l-scale evaluate -c {self.folder / 'config.yaml'}")
 
@@ -156,6 +180,7 @@ class RunFolder(Callback):
             empty(self.fit.folder)
         self.fit.save_config()
         print(self.fit.headline(), flush=True)
+        self.fit.begin_logging()
 
 
 def check_rhythm(max_steps: int, windows_per_epoch: int, windows_per_step: int) -> None:

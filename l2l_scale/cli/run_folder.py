@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 RUN_DIR_VARIABLE = "L2L_SCALE_RUN_DIR"  # how the processes that Lightning starts learn the folder
@@ -14,12 +15,20 @@ def choose_folder(wish: str | None, name: str, resumes: bool, overwrite: bool) -
 
     Raises:
         ValueError: if the folder has a run in it that is neither resumed nor to be overwritten, or that is to
-            be both.
+            be both; or if processes that were started one by one do not know which folder is meant.
     """
     if resumes and overwrite:
         raise ValueError("overwrite (true) would delete the run that ckpt_path resumes; give one of them")
     if RUN_DIR_VARIABLE in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
         return Path(os.environ[RUN_DIR_VARIABLE])
+    rank, ranks = _started_by_others(os.environ)
+    if ranks > 1 and wish is None:
+        raise ValueError(
+            f"run_dir must be given where torchrun or srun starts the {ranks} processes: they cannot agree "
+            "on a new folder"
+        )
+    if rank > 0 and wish is not None:
+        return Path(wish)  # rank 0 looks into it
     folder = Path(wish) if wish else _fresh(Path("runs"), name)
     if folder.exists() and any(folder.iterdir()) and not resumes and not overwrite:
         raise ValueError(
@@ -28,6 +37,14 @@ def choose_folder(wish: str | None, name: str, resumes: bool, overwrite: bool) -
         )
     os.environ[RUN_DIR_VARIABLE] = str(folder)
     return folder
+
+
+def _started_by_others(environment: Mapping[str, str]) -> tuple[int, int]:
+    """Rank and number of processes, as torchrun or srun says; (0, 1) where Lightning starts the others."""
+    for rank, ranks in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        if rank in environment and ranks in environment:
+            return int(environment[rank]), int(environment[ranks])
+    return 0, 1
 
 
 def keep_metrics(folder: Path) -> None:
@@ -41,9 +58,10 @@ def keep_metrics(folder: Path) -> None:
 
 def empty(folder: Path) -> None:
     """Delete a run; only what a run writes, so that a mistyped folder loses nothing else."""
-    for name in ("checkpoints", "evaluation"):
+    for name in ("checkpoints", "evaluation", "wandb"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for path in (folder / "config.yaml", folder / "rule.safetensors", *folder.glob("metrics*.csv")):
+    files = (folder / name for name in ("config.yaml", "rule.safetensors", "validation.png"))
+    for path in (*files, *folder.glob("metrics*.csv")):
         path.unlink(missing_ok=True)
 
 

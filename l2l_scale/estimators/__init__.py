@@ -2,6 +2,7 @@
 
 from l2l_scale.estimators.base import Estimate, GradientEstimator
 from l2l_scale.estimators.bptt import TruncatedBPTT
+from l2l_scale.estimators.imitation import Imitation
 from l2l_scale.estimators.objectives import (
     LastLoss,
     LogLoss,
@@ -14,6 +15,7 @@ from l2l_scale.estimators.objectives import (
 __all__ = [
     "Estimate",
     "GradientEstimator",
+    "Imitation",
     "LastLoss",
     "LogLoss",
     "MetaLoss",

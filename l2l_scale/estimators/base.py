@@ -35,8 +35,12 @@ class GradientEstimator(ABC):
     def check_rule(self, rule: UpdateRule) -> None:  # noqa: B027 - most estimators take any rule
         """Raise ``ValueError`` if this estimator cannot work with a rule as it will be computed."""
 
-    def check_teacher(self, given: bool) -> None:  # noqa: B027 - most need none
-        """Raise ``ValueError`` if this estimator compares with a teacher and none is given."""
+    def check_teacher(self, gives: frozenset[str]) -> None:  # noqa: B027 - most need none
+        """Raise ``ValueError`` if this estimator needs of a teacher what a run's does not give.
+
+        Args:
+            gives: names of what there is; none without a teacher.
+        """
 
     @abstractmethod
     def __call__(self, rule: UpdateRule, family: TaskFamily, carry: Carry, batch: WindowBatch) -> Estimate:

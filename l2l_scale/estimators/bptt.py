@@ -49,9 +49,9 @@ class TruncatedBPTT(GradientEstimator):
         """Raise ``ValueError`` if the meta-loss was made for another horizon."""
         self.meta_loss.check_horizons(horizons)
 
-    def check_teacher(self, given: bool) -> None:
+    def check_teacher(self, gives: frozenset[str]) -> None:
         """Raise ``ValueError`` if the meta-loss compares with a teacher and none is given."""
-        self.meta_loss.check_teacher(given)
+        self.meta_loss.check_teacher(gives)
 
     def check_rule(self, rule: UpdateRule) -> None:
         """Raise ``ValueError`` if coordinates are to be drawn, but backward goes through all together."""

@@ -40,7 +40,7 @@ class MetaLoss(ABC):
             teacher: what a teacher did in the same inner steps, if there is one: "losses" (K, S).
         """
 
-    def check_teacher(self, given: bool) -> None:  # noqa: B027 - most need none
+    def check_teacher(self, gives: frozenset[str]) -> None:  # noqa: B027 - most need none
         """Raise ``ValueError`` if the meta-loss compares with a teacher and none is given."""
 
     def check_horizons(self, horizons: Sequence[int]) -> None:
@@ -139,9 +139,9 @@ class RelativeLoss(MetaLoss):
         check_positive("epsilon", epsilon)
         self.epsilon = epsilon
 
-    def check_teacher(self, given: bool) -> None:
+    def check_teacher(self, gives: frozenset[str]) -> None:
         """Raise ``ValueError`` if there is none."""
-        if not given:
+        if "losses" not in gives:
             raise ValueError(
                 "RelativeLoss compares with a teacher: give data.teacher, an optimizer with the "
                 "hyper-parameters that l2l-scale tune finds, or take NormalizedLoss"

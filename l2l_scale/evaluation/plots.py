@@ -121,12 +121,14 @@ def _decorate(ax: Axes, heading: str, horizon: int, lines: list[Line], middle: b
         ax.set_ylim(*_limits(lines, middle))
     _scale_steps(ax, horizon, max(len(line.mean) for line in lines) - 1)
     ax.axvline(horizon, color="black", linestyle="--", linewidth=1, alpha=0.6)
+    at_end = horizon == max(len(line.mean) for line in lines) - 1  # then there is no room on the right
     ax.annotate(
         "horizon of meta-training",
         (horizon, 1),
         xycoords=("data", "axes fraction"),
-        xytext=(4, -6),
+        xytext=(-4 if at_end else 4, -6),
         textcoords="offset points",
+        ha="right" if at_end else "left",
         va="top",
         fontsize=8,
         alpha=0.7,

@@ -182,9 +182,7 @@ class SamplerPool:
         """Window ``index``. The next ones are ordered; a jump throws away what was ordered before."""
         if not self.in_flight or self.in_flight[0][0] != index:
             self.in_flight.clear()
-        first = self.in_flight[-1][0] + 1 if self.in_flight else index
-        for ahead in range(first, index + self.depth):
-            self.in_flight.append((ahead, self._order(ahead)))
+        self._fill(index)
         _, references = self.in_flight.popleft()
         try:
             drawn: list[Pieces] = ray.get(references, timeout=_PATIENCE)
@@ -194,7 +192,14 @@ class SamplerPool:
             raise RuntimeError(f"window {index} was not drawn within {_PATIENCE} seconds") from error
         except RayActorError as error:
             raise RuntimeError(f"the sampling actors are gone for good: {error}") from error
+        self._fill(index + 1)
         return [[piece for pieces in seat for piece in pieces] for seat in zip(*drawn, strict=True)]
+
+    def _fill(self, index: int) -> None:
+        """Order what is not yet in flight of the ``depth`` windows from ``index`` on."""
+        first = self.in_flight[-1][0] + 1 if self.in_flight else index
+        for ahead in range(first, index + self.depth):
+            self.in_flight.append((ahead, self._order(ahead)))
 
     def _order(self, index: int) -> list[ray.ObjectRef[Any]]:
         """Have all parts of a window drawn. The actors of one part take turns."""

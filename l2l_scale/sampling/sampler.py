@@ -136,7 +136,7 @@ class WindowSampler:
     def __call__(self, index: int, slots: range) -> Window:
         """Draw window ``index`` of these (global) slots."""
         phases = [self.schedule.phase(index, slot, self.seed, self.split) for slot in slots]
-        problems = [self._problem(slot, phase) for slot, phase in zip(slots, phases, strict=True)]
+        problems = [self._problem(index, slot, phase) for slot, phase in zip(slots, phases, strict=True)]
         return Window(
             window_index=index,
             inner_step=np.array([phase.window * self.schedule.window for phase in phases]),
@@ -146,21 +146,21 @@ class WindowSampler:
             data=self._data(slots, phases, problems),
             window_length=self.schedule.window,
             horizon=np.array([phase.horizon for phase in phases]),
-            teacher=self._taught(phases, problems),
+            teacher=self._taught(index, slots, problems),
         )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_last": {}}  # another process draws for itself
 
-    def _problem(self, slot: int, phase: Phase) -> Problem:
+    def _problem(self, index: int, slot: int, phase: Phase) -> Problem:
         """The problem of a slot, drawn once for all windows of its trajectory."""
         known, problem = self._last.get(slot, (None, None))
         if known != phase.generation or problem is None:
             problem = draw_problem(self.family, self.seed, self.split, slot, phase.generation)
             if self.teacher is not None:
-                minibatches = [
-                    self._minibatch(slot, phase, problem, step) for step in range(phase.horizon + 1)
-                ]
+                first = (phase.window - self._begun(index, slot)) * self.schedule.window
+                steps = range(first, phase.horizon + 1)
+                minibatches = [self._minibatch(slot, phase, problem, step) for step in steps]
                 teacher = self.teacher(self.family, problem.task, problem.theta0, minibatches)
                 problem = problem._replace(teacher=teacher)
             self._last[slot] = phase.generation, problem
@@ -186,15 +186,21 @@ class WindowSampler:
         minibatches: Arrays = _stack([draw(k) for k in range(self.schedule.window + 1)])
         return minibatches
 
-    def _taught(self, phases: Sequence[Phase], problems: Sequence[Problem]) -> Arrays:
+    def _begun(self, index: int, slot: int) -> int:
+        """How many windows ago the slot began its trajectory, which need not have been with the first one."""
+        phases = (self.schedule.phase(index - back, slot, self.seed, self.split) for back in range(index + 1))
+        return next(back for back, phase in enumerate(phases) if phase.reset)
+
+    def _taught(self, index: int, slots: range, problems: Sequence[Problem]) -> Arrays:
         """The window's part of what the teacher did, (K, S, ...)."""
         if self.teacher is None:
             return {}
         length = self.schedule.window
-        parts = [
-            {name: leaf[phase.window * length :][:length] for name, leaf in problem.teacher.items()}
-            for phase, problem in zip(phases, problems, strict=True)
-        ]
+        counts = {"losses": length, "theta": length + 1}
+        parts = []
+        for slot, problem in zip(slots, problems, strict=True):
+            first = self._begun(index, slot) * length
+            parts.append({name: leaf[first:][: counts[name]] for name, leaf in problem.teacher.items()})
         return {name: np.stack([part[name] for part in parts], axis=1) for name in parts[0]}
 
 

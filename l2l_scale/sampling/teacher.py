@@ -27,14 +27,21 @@ class Teacher:
 
     Args:
         rule: the optimizer, with the hyper-parameters that ``l2l-scale tune`` found, say.
+        iterates: keep the points that it passed as well: T + 1 times N numbers for each task.
     """
 
     rule: UpdateRule
+    iterates: bool = False
+
+    @property
+    def gives(self) -> frozenset[str]:
+        """What there is to compare with: names in :attr:`WindowBatch.teacher`."""
+        return frozenset({"losses", "theta"} if self.iterates else {"losses"})
 
     def __call__(
         self, family: TaskFamily, task: Arrays, theta0: np.ndarray, minibatches: Sequence[Arrays]
     ) -> Arrays:
-        """Losses f(θ_1) … f(θ_T) of the teacher's own trajectory, {"losses": (T,)}.
+        """The teacher's own trajectory: "losses" f(θ_1) … f(θ_T), (T,); "theta" θ_0 … θ_T, (T + 1, N).
 
         Args:
             family: whose task it is.
@@ -45,18 +52,17 @@ class Teacher:
         family.prepare(torch.device("cpu"))
         with _one_thread(), torch.no_grad():
             theta, constants = _one_slot(theta0), {name: _one_slot(leaf) for name, leaf in task.items()}
-            state, losses = self.rule.init_state(theta), []
+            state, losses, points = self.rule.init_state(theta), [], []
             for step, minibatch in enumerate(minibatches):
                 data: Tensors = {name: _one_slot(leaf) for name, leaf in minibatch.items()}
                 loss, grad = family.losses_and_gradients(theta, constants, data, create_graph=False)
                 losses.append(loss)
+                points.append(theta)
                 if step + 1 < len(minibatches):
                     update, state = self.rule(grad, theta, state)
                     theta, state = theta + update, tree_map(lambda leaf: leaf.detach(), state)
-        return {"losses": torch.cat(losses[1:]).numpy()}
-
-    def __repr__(self) -> str:
-        return f"Teacher({self.rule})"
+        taught = {"losses": torch.cat(losses[1:]).numpy()}
+        return {**taught, "theta": torch.cat(points).numpy()} if self.iterates else taught
 
 
 def _one_slot(leaf: np.ndarray) -> Tensor:

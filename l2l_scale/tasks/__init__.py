@@ -1,5 +1,6 @@
 """Task families: distributions over optimization problems (floor 1)."""
 
+from l2l_scale.tasks.architectures import random_networks
 from l2l_scale.tasks.augmentation import Augmentation
 from l2l_scale.tasks.base import Arrays, TaskFamily, Tensors
 from l2l_scale.tasks.compiled import CompiledFamily
@@ -25,4 +26,5 @@ __all__ = [
     "TaskFamily",
     "Tensors",
     "TestFunction",
+    "random_networks",
 ]

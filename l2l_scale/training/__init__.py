@@ -4,5 +4,16 @@ from l2l_scale.training.data import WindowData
 from l2l_scale.training.metrics import MetaStepBar, TrajectoryMetrics
 from l2l_scale.training.module import DivergedError, MetaTraining
 from l2l_scale.training.pace import PaceReport
+from l2l_scale.training.validation_curves import ValidationCurves
+from l2l_scale.training.wandb_run import WandbRun
 
-__all__ = ["DivergedError", "MetaStepBar", "MetaTraining", "PaceReport", "TrajectoryMetrics", "WindowData"]
+__all__ = [
+    "DivergedError",
+    "MetaStepBar",
+    "MetaTraining",
+    "PaceReport",
+    "TrajectoryMetrics",
+    "ValidationCurves",
+    "WandbRun",
+    "WindowData",
+]

@@ -53,9 +53,14 @@ class Actors:
         elif trainer is None or trainer.world_size == 1:
             pool.start_ray()
         else:
-            own = pool.start_ray() if trainer.local_rank == 0 else None
+            own: RayNode | str | None = None
+            if trainer.local_rank == 0:
+                try:
+                    own = pool.start_ray()
+                except Exception as error:  # to be told to the others, who wait
+                    own = str(error)
             node = _from_first_rank_of_node(own, trainer)
-            if own is None:
+            if trainer.local_rank != 0:
                 pool.join_ray(node)
         try:
             self.pool = pool.SamplerPool(sampler, self.settings, ranks)
@@ -82,8 +87,23 @@ class Actors:
         self.stop()
 
 
-def _from_first_rank_of_node(own: RayNode | None, trainer: L.Trainer) -> RayNode:
-    """Collective. What the first rank of this node has; ``own`` is None on the others."""
-    everyone: list[tuple[int, RayNode | None]] = [(0, None)] * trainer.world_size
+def _from_first_rank_of_node(own: RayNode | str | None, trainer: L.Trainer) -> RayNode:
+    """Collective. The Ray of this node.
+
+    Args:
+        own: what the first rank of each node started, or why it failed; None on the others.
+        trainer: knows who is where.
+
+    Raises:
+        RuntimeError: on all ranks, if Ray did not start on some node.
+    """
+    everyone: list[tuple[int, RayNode | str | None]] = [(0, None)] * trainer.world_size
     dist.all_gather_object(everyone, (trainer.node_rank, own))
-    return next(node for rank, node in everyone if rank == trainer.node_rank and node is not None)
+    for node, found in everyone:
+        if isinstance(found, str):
+            raise RuntimeError(f"Ray did not start on node {node}: {found}")
+    return next(
+        found
+        for node, found in everyone
+        if node == trainer.node_rank and found is not None and not isinstance(found, str)
+    )

@@ -43,6 +43,7 @@ class WindowData(L.LightningDataModule):
             evaluation keep ``horizon``.
         teacher: a hand-designed optimizer that works on every training task too, for a meta-loss that
             compares with it. Its inner steps are made where windows are drawn.
+        teacher_iterates: keep the points that the teacher passed as well, for imitation.
         pool: how windows are drawn; in this process if not given.
 
     Raises:
@@ -62,6 +63,7 @@ class WindowData(L.LightningDataModule):
         valid_tasks: int = 512,
         curriculum: Curriculum | None = None,
         teacher: UpdateRule | None = None,
+        teacher_iterates: bool = False,
         pool: PoolSettings | None = None,
     ) -> None:
         super().__init__()
@@ -72,7 +74,7 @@ class WindowData(L.LightningDataModule):
         self.schedule = Schedule(horizon=horizon, window=window, staggered=staggered, curriculum=curriculum)
         self.slots, self.seed = slots, seed
         self.windows_per_epoch, self.valid_tasks = windows_per_epoch, valid_tasks
-        self.teacher = None if teacher is None else Teacher(teacher)
+        self.teacher = None if teacher is None else Teacher(teacher, teacher_iterates)
         self.pool = PoolSettings() if pool is None else pool
         self.actors = Actors(self.pool)
 

@@ -22,7 +22,7 @@ from l2l_scale.training import checkpoint as inflight
 from l2l_scale.training.data import WindowData
 from l2l_scale.training.meta_optimizer import adam_along_a_cosine
 from l2l_scale.training.precision import check_precision, full_precision
-from l2l_scale.training.ranks import all_slots, check_same_phi
+from l2l_scale.training.ranks import all_slots, check_same_phi, most_of_all_ranks, world_size
 from l2l_scale.training.validation import validation_metrics
 from l2l_scale.tree import tree_detach
 from l2l_scale.unroll import Carry, InnerGradient, Rollout, WindowBatch, begin, unroll
@@ -121,7 +121,7 @@ class MetaTraining(L.LightningModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, WindowData):
             self.estimator.check_horizons(data.schedule.horizons)
-            self.estimator.check_teacher(data.teacher is not None)
+            self.estimator.check_teacher(frozenset() if data.teacher is None else data.teacher.gives)
 
     def on_fit_start(self) -> None:
         """Put resident data on the device, and choose how the rule is computed there."""
@@ -142,7 +142,10 @@ class MetaTraining(L.LightningModule):
         diverged = [int(output.diverged.sum()) for output in outputs]
         self.num_diverged += sum(diverged)
         all_lost = sum(diverged) == sum(len(output.diverged) for output in outputs)
-        self._stop_if_lost(all_lost or not bool(surrogate.isfinite()))
+        lost = all_lost or not bool(surrogate.isfinite())
+        self.windows_lost = self.windows_lost + 1 if lost else 0
+        if world_size(self) == 1:  # else at the next validation: the others must not be left waiting
+            self._stop_if_lost(self.windows_lost)
         return {"loss": surrogate, "windows": outputs}
 
     def _train_seat(self, name: str, weight: float, window: WindowBatch) -> tuple[Tensor, StepOutput]:
@@ -167,12 +170,12 @@ class MetaTraining(L.LightningModule):
                 # Not backward(), which would set DDP's exchange of gradients off.
                 torch.autograd.grad(weight * estimate.surrogate, params, allow_unused=True)
 
-    def _stop_if_lost(self, lost: bool) -> None:
-        self.windows_lost = self.windows_lost + 1 if lost else 0
-        if self.windows_lost >= self.divergence_patience:
+    def _stop_if_lost(self, windows: int) -> None:
+        """Give a run up in which nothing is learned any more."""
+        if windows >= self.divergence_patience:
             raise DivergedError(
                 f"every task diverged, or the meta-loss was not finite, in each of the last "
-                f"{self.windows_lost} windows, so nothing can be learned. Make the first updates smaller "
+                f"{windows} windows, so nothing can be learned. Make the first updates smaller "
                 "(rule: output_scale or the head's scale), the window shorter (data.window) or the "
                 "meta-learning rate lower (model.learning_rate); LogLoss needs losses that are not negative"
             )
@@ -193,7 +196,8 @@ class MetaTraining(L.LightningModule):
         )
 
     def on_validation_epoch_start(self) -> None:
-        """Collective. Start all validation trajectories afresh; all ranks must have the same φ."""
+        """Collective. Start all validation trajectories afresh, on all ranks with the same φ or on none."""
+        self._stop_if_lost(most_of_all_ranks(self, self.windows_lost))
         self.valid_carry, self.valid_losses = None, {}
         check_same_phi(self)
 

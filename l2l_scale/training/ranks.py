@@ -58,6 +58,13 @@ def _join(carries: list[Carry]) -> Carry:
     return joined
 
 
+def most_of_all_ranks(module: L.LightningModule, count: int) -> int:
+    """Collective. The largest of the ranks' counts."""
+    if world_size(module) == 1:
+        return count
+    return max(int(other) for other in _all_gather(torch.tensor(count, device=module.device)))
+
+
 def check_same_phi(module: L.LightningModule) -> None:
     """Collective. Raise ``RuntimeError`` if φ is not the same bits on every rank.
 

@@ -24,9 +24,9 @@ import plot
 import report
 import sizes
 from backends import COSTS, Entrant
+from commandline import console_here, counts, names, progress_bar
 from measure import Race, Results, Settings
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from roofline import Machine
 
 _HERE = Path(__file__).parent
@@ -43,7 +43,7 @@ class Job(NamedTuple):
 def main() -> None:
     """Measure; print tables; write JSON and a picture."""
     args = arguments()
-    console = Console(width=None if sys.stdout.isatty() else 110)
+    console = console_here()
     jobs, load = plan(args, console), list(os.getloadavg())
     console.print(f"CPU {report.cpu_name()}, threads {args.threads}, load {load[0]:.1f} before the start")
     with tempfile.TemporaryDirectory(prefix="l2l_scale-benchmark-") as folder:
@@ -123,16 +123,6 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def names(text: str) -> list[str]:
-    """What stands between commas."""
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def counts(text: str) -> list[int]:
-    """Whole numbers between commas."""
-    return [int(name) for name in names(text)]
-
-
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse what does not exist."""
     cores = os.cpu_count() or 1
@@ -174,14 +164,6 @@ def measure_machine(threads: int, console: Console) -> Machine:
     peaks = f"{machine.flops / 1e9:.0f} GFLOP/s, {machine.bandwidth / 1e9:.0f} GB/s"
     console.print(f"A core's peaks, {threads} thread(s): {peaks}")
     return machine
-
-
-def progress_bar(console: Console) -> Progress:
-    """Shows the workload, and the time left by a rough guess."""
-    left = TimeRemainingColumn(elapsed_when_finished=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left:"), left)
-    # The guess is from the last minutes: entrants differ, and one may take a minute.
-    return Progress(*columns, console=console, speed_estimate_period=300, transient=True)
 
 
 if __name__ == "__main__":

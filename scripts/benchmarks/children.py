@@ -33,10 +33,15 @@ class UnavailableError(RuntimeError):
 class Child:
     """A process that measures, see :mod:`worker`. Must be closed."""
 
-    def __init__(self, command: list[str]) -> None:
+    def __init__(self, command: list[str], environment: dict[str, str] | None = None) -> None:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the child
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
+            command,
+            env={**os.environ, **(environment or {})},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
         )
 
     def ready(self) -> dict[str, Any]:
@@ -45,7 +50,7 @@ class Child:
         Raises:
             UnavailableError: if it cannot.
         """
-        answer = self._read()
+        answer = self.receive()
         if "unavailable" in answer:
             raise UnavailableError(answer["unavailable"])
         return answer
@@ -56,11 +61,11 @@ class Child:
         Raises:
             UnavailableError: if the child dies of it.
         """
-        return Repetition(**self._ask(str(seconds)))
+        return Repetition(**self.ask(str(seconds)))
 
     def release(self) -> None:
         """Let it give freed memory back to the system."""
-        self._ask("release")
+        self.ask("release")
 
     def close(self) -> None:
         """End it: at the end of its input it goes by itself, unless it is busy."""
@@ -71,14 +76,24 @@ class Child:
             self._process.communicate()
         self._errors.close()
 
-    def _ask(self, line: str) -> dict[str, Any]:
+    def ask(self, line: str) -> dict[str, Any]:
+        """Send a line, and wait for the answer."""
+        self.send(line)
+        return self.receive()
+
+    def send(self, line: str) -> None:
+        """Send a line; :meth:`receive` waits for the answer. So several children work at once."""
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # if it is dead, reading says why
+        with contextlib.suppress(BrokenPipeError):  # if it is dead, receiving says why
             self._process.stdin.write(f"{line}\n")
             self._process.stdin.flush()
-        return self._read()
 
-    def _read(self) -> dict[str, Any]:
+    def receive(self) -> dict[str, Any]:
+        """The next answer.
+
+        Raises:
+            UnavailableError: if the child is dead.
+        """
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if line:

@@ -30,6 +30,12 @@ def coordinate_steps(name: str) -> int:
     return coordinates * WINDOW
 
 
+def slots(name: str) -> int:
+    """Tasks at once."""
+    axis, _, size = name.partition("=")
+    return {"W1": 128, "W2": 1, "W3": 16, "N": 1}.get(axis) or int(size)
+
+
 def smallest_alike(name: str) -> str:
     """The smallest workload with the same kind of task."""
     axis = name.partition("=")[0]

@@ -38,13 +38,7 @@ class Candidate(NamedTuple):
 
 def serve(prepare: Callable[[], Candidate]) -> None:
     """Prepare, then answer every line of the standard input, until it ends."""
-    # Libraries may print; what they print must not be taken for an answer.
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-
-    def answer(**fields: Any) -> None:
-        answers.write(json.dumps(fields) + "\n")
-
+    answer = answers()
     try:
         candidate = prepare()
     except Exception as error:  # whatever it is, it is why this row of the table is missing
@@ -61,6 +55,18 @@ def serve(prepare: Callable[[], Candidate]) -> None:
             answer(**repeat(candidate.step, float(line)))
 
 
+def answers() -> Callable[..., None]:
+    """What sends an answer's fields to the parent; all else that is printed goes to the standard error."""
+    # Libraries may print; what they print must not be taken for an answer.
+    stream = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    def answer(**fields: Any) -> None:
+        stream.write(json.dumps(fields) + "\n")
+
+    return answer
+
+
 def repeat(step: Callable[[], float], seconds: float) -> dict[str, float]:
     """Do ``step`` for at least so long; ``loss`` is that of its first call."""
     gc.collect()
@@ -74,10 +80,10 @@ def repeat(step: Callable[[], float], seconds: float) -> dict[str, float]:
     return {"calls": calls, "wall": wall, "cpu": cpu, "loss": loss, "peak_bytes": peak() - before}
 
 
-def pin(threads: int) -> None:
-    """Stay on the first so many cores: not every library keeps to the number of threads it is told."""
+def pin(threads: int, first: int = 0) -> None:
+    """Stay on so many cores, counted from ``first``: not every library keeps to the threads it is told."""
     if sys.platform == "linux":
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[first : first + threads])
 
 
 def release() -> None:

@@ -73,9 +73,9 @@ def test_weights_of_another_horizon_are_refused(number: int) -> None:
 
 def test_a_meta_loss_that_compares_needs_a_teacher() -> None:
     with pytest.raises(ValueError, match=r"data\.teacher"):
-        RelativeLoss().check_teacher(given=False)
-    RelativeLoss().check_teacher(given=True)
-    SumLoss().check_teacher(given=False)
+        RelativeLoss().check_teacher(frozenset())
+    RelativeLoss().check_teacher(frozenset({"losses"}))
+    SumLoss().check_teacher(frozenset())
 
 
 def test_unit_weights_are_the_default() -> None:

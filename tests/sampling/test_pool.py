@@ -228,7 +228,7 @@ def test_a_jump_throws_away_what_was_ordered_and_depth_bounds_what_is(local: Non
     expected = drawn(rank_sampler(source, 4), source, 4, path)
     for index, right in zip(path, expected, strict=True):
         assert drawn(pool, source, 4, [index]) == [right]
-        assert [ahead for ahead, _ in pool.in_flight] == list(range(index + 1, index + depth))
+        assert [ahead for ahead, _ in pool.in_flight] == list(range(index + 1, index + 1 + depth))
 
 
 def test_more_actors_than_cpus_are_refused(local: None) -> None:

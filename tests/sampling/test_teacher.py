@@ -12,8 +12,9 @@ from conftest import Regression
 from l2l_scale.estimators import RelativeLoss, TruncatedBPTT
 from l2l_scale.evaluation import HeldOut, loss_curves
 from l2l_scale.optimizers import SGD, Adam, HeavyBall, UpdateRule
-from l2l_scale.rng import Split
+from l2l_scale.rng import Channel, Split, stream
 from l2l_scale.sampling import RandomHorizons, Schedule, Teacher, WindowSampler
+from l2l_scale.sampling.sampler import draw_problem
 from l2l_scale.tasks import ImageClassifier, Quadratic, TaskFamily
 from l2l_scale.unroll import begin
 
@@ -57,12 +58,26 @@ def test_losses_do_not_depend_on_slots_drawn_together_or_windows_asked_before(fa
 
 def test_a_slot_in_the_middle_of_its_trajectory_is_compared_with_the_middle() -> None:
     sampler = taught(Regression(), RULES[0], STAGGERED)
-    lockstep = trajectory(taught(Regression(), RULES[0], LOCKSTEP), range(3))
-    window = sampler(0, range(3))
+    lockstep = taught(Regression(), RULES[0], LOCKSTEP)
     for slot in range(3):
-        start = 4 * slot  # the stagger
-        assert window.inner_step[slot] == start
-        np.testing.assert_array_equal(window.teacher["losses"][:, slot], lockstep[start : start + 4, slot])
+        start = 3 - slot  # the window in which the slot's second trajectory begins, after its stagger
+        for k in range(3):
+            ours = sampler(start + k, range(slot, slot + 1))
+            theirs = lockstep(3 + k, range(slot, slot + 1))
+            np.testing.assert_array_equal(ours.teacher["losses"], theirs.teacher["losses"])
+
+
+def test_where_a_trajectory_was_cut_short_the_teacher_began_with_it() -> None:
+    window = taught(Regression(), RULES[0], STAGGERED)(0, range(3))
+    assert window.inner_step.tolist() == [0, 4, 8]
+    for slot in range(3):
+        family = Regression()
+        problem = draw_problem(family, 3, Split.TRAIN, slot, 0)
+        steps = range(4 * slot, 13)
+        streams = [stream(3, Split.TRAIN, Channel.DATA, slot, 0, step) for step in steps]
+        minibatches = [family.sample_data(rng, problem.task) for rng in streams]
+        own = Teacher(RULES[0])(family, problem.task, problem.theta0, minibatches)["losses"]
+        np.testing.assert_array_equal(window.teacher["losses"][:, slot], own[:4])
 
 
 def test_the_caller_keeps_its_threads_and_its_gradients() -> None:

@@ -1,0 +1,74 @@
+"""Imitation of a teacher: supervised learning of its updates, as a start for meta-training.
+
+K inner steps of a window, S slots, N coordinates.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from l2l_scale.checks import check_positive
+from l2l_scale.estimators.base import Estimate, GradientEstimator
+from l2l_scale.optimizers.base import UpdateRule
+from l2l_scale.tasks.base import TaskFamily
+from l2l_scale.unroll import Carry, Rollout, WindowBatch
+
+
+class Imitation(GradientEstimator):
+    """Σ_k ‖update_k − update_k of the teacher‖² / (‖update_k of the teacher‖² + ε) along the teacher's way.
+
+    The rule sees the gradients at the points that the teacher passed and is to do what the teacher did there:
+    behaviour cloning, which gives a rule from which meta-training starts well (Chen et al. 2020, "Training
+    stronger baselines for learning to optimize", section 4.2). 0 is perfect; 1 is what a rule without updates
+    has. Losses in metrics are the teacher's. Needs ``data.teacher`` and ``data.teacher_iterates``.
+
+    Args:
+        epsilon: keeps steps of a teacher that has arrived from counting infinitely.
+
+    Raises:
+        ValueError: if epsilon is not a finite number above 0.
+    """
+
+    def __init__(self, epsilon: float = 1e-12) -> None:
+        check_positive("epsilon", epsilon)
+        self.epsilon = epsilon
+
+    def check_teacher(self, gives: frozenset[str]) -> None:
+        """Raise ``ValueError`` if there is no teacher, or only its losses are known."""
+        if "theta" not in gives:
+            raise ValueError(
+                "Imitation needs the points that a teacher passed: give data.teacher, an optimizer with the "
+                "hyper-parameters that l2l-scale tune finds, and data.teacher_iterates=true"
+            )
+
+    def __call__(self, rule: UpdateRule, family: TaskFamily, carry: Carry, batch: WindowBatch) -> Estimate:
+        """The mean over slots; where the teacher diverged nothing is learned."""
+        points = batch.teacher["theta"]
+        losses, grads = _along(family, points, batch)
+        lost = ~(points.isfinite().all(0).all(-1) & grads.isfinite().all(0).all(-1))
+        points = points.masked_fill(lost[:, None], 0.0)
+        grads = grads.masked_fill(lost[:, None], 0.0)
+        total, update = torch.zeros_like(points[0, :, 0]), torch.zeros_like(points[0])
+        state = rule.open_window(points[0], carry.state)
+        for k in range(batch.window_length):
+            update, state = rule(grads[k], points[k], state)
+            target = points[k + 1] - points[k]
+            error = (update - target).square().sum(-1)
+            total = total + error / (target.square().sum(-1) + self.epsilon)
+        state = rule.close_window(points[-1], state)
+        start_loss = torch.where(carry.start_loss.isnan(), losses[0], carry.start_loss)
+        end = Carry(points[-1], state, start_loss, lost)
+        surrogate = total.masked_fill(lost, 0.0).mean()
+        return Estimate(surrogate, Rollout(end, losses[1:], update.detach().square().mean(-1).sqrt()))
+
+
+def _along(family: TaskFamily, points: Tensor, batch: WindowBatch) -> tuple[Tensor, Tensor]:
+    """Losses (K + 1, S) and gradients (K + 1, S, N) at the teacher's points, on the window's minibatches."""
+    found = [
+        family.losses_and_gradients(
+            point, batch.task, {name: leaf[k] for name, leaf in batch.data.items()}, create_graph=False
+        )
+        for k, point in enumerate(points)
+    ]
+    return torch.stack([loss for loss, _ in found]), torch.stack([grad for _, grad in found])

@@ -131,7 +131,9 @@ class RelativeLoss(MetaLoss):
     """Σ_t w_t f(θ_t) / (|f(θ_t of the teacher)| + ε): below 1 is better than the teacher at that inner step.
 
     Where NormalizedLoss asks for progress, this asks for more progress than a tuned optimizer makes on that
-    very task, so that hard and easy tasks, and families, count alike. Needs ``data.teacher``.
+    very task, so that hard and easy tasks, and families, count alike. Needs ``data.teacher``. A slot that
+    diverged starts again in the middle of the teacher's trajectory, and is measured by that until its next
+    task.
     """
 
     def __init__(self, weights: Sequence[float] | None = None, epsilon: float = 1e-8) -> None:

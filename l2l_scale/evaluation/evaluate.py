@@ -15,8 +15,9 @@ from typing import Any
 
 from rich.progress import Progress
 
+from l2l_scale.cores import one_thread
 from l2l_scale.evaluation.entrants import Trial, entrants_of, plan_tests, run_all, tune_all
-from l2l_scale.evaluation.jobs import Runner, one_thread, progress_display
+from l2l_scale.evaluation.jobs import Runner, progress_display
 from l2l_scale.evaluation.plots import plot_curves
 from l2l_scale.evaluation.report import Curves, summarise, write_json
 from l2l_scale.evaluation.schema import VERSION, Report

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from joblib import Parallel, delayed
 from rich.progress import (
     BarColumn,
@@ -19,6 +17,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from l2l_scale.cores import one_thread
 
 
 class Job(NamedTuple):
@@ -73,17 +73,6 @@ def _timed(i: int, call: Callable[[], Any]) -> tuple[int, Any, float]:
     return i, result, time.process_time() - start
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch use one thread: for many small sums, threads cost more than they give."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def progress_display() -> Progress:
     """A progress display for the terminal."""
     return Progress(
@@ -95,9 +84,3 @@ def progress_display() -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-
-
-def available_cores() -> int:
-    """CPU cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
-    return len(affinity(0)) if affinity else os.cpu_count() or 1

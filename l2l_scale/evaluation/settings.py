@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from l2l_scale.checks import check_count
+from l2l_scale.cores import available_cores
 from l2l_scale.evaluation.baselines import choose_baselines
 from l2l_scale.evaluation.cache import default_folder
-from l2l_scale.evaluation.jobs import available_cores
 from l2l_scale.optimizers.backend import Backend, check_backend
 from l2l_scale.tasks.base import TaskFamily
 

@@ -5,7 +5,7 @@ from l2l_scale.sampling.loader import FixedWindows, WindowLoader
 from l2l_scale.sampling.sampler import Window, WindowSampler, join
 from l2l_scale.sampling.schedule import Phase, Schedule
 from l2l_scale.sampling.seats import Batch, RankSampler, Seat, SeatBatch, seats_of, to_batch
-from l2l_scale.sampling.settings import PoolSettings, cpus_here
+from l2l_scale.sampling.settings import PoolSettings
 from l2l_scale.sampling.teacher import Teacher
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "Window",
     "WindowLoader",
     "WindowSampler",
-    "cpus_here",
     "join",
     "seats_of",
     "to_batch",

@@ -25,8 +25,9 @@ import ray
 from ray import cloudpickle
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
+from l2l_scale.cores import available_cores
 from l2l_scale.sampling.seats import Pieces, RankSampler
-from l2l_scale.sampling.settings import PoolSettings, cpus_here
+from l2l_scale.sampling.settings import PoolSettings
 
 _ANSWER = 30
 """Seconds that a cluster may take to answer."""
@@ -50,7 +51,7 @@ def start_ray() -> RayNode:
     os.environ.setdefault("RAY_AUTH_TOKEN", os.urandom(32).hex())
     with _our_signals():
         ray.init(
-            num_cpus=cpus_here(),
+            num_cpus=available_cores(),
             num_gpus=0,
             include_dashboard=False,
             log_to_driver=False,

@@ -65,9 +65,3 @@ class PoolSettings:
                 f"more than the {cpus:g} CPUs {where}; num_actors={fits} fits, and a smaller "
                 "cpus_per_actor lets actors share them"
             )
-
-
-def cpus_here() -> int:
-    """How many CPUs this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
-    return len(affinity(0)) if affinity else os.cpu_count() or 1

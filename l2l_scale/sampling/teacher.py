@@ -5,14 +5,14 @@ T inner steps of a trajectory, N coordinates.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from l2l_scale.cores import one_thread
 from l2l_scale.optimizers.base import UpdateRule
 from l2l_scale.tasks.base import Arrays, TaskFamily, Tensors
 from l2l_scale.tree import tree_map
@@ -50,7 +50,7 @@ class Teacher:
             minibatches: T + 1 of them, as for :attr:`WindowBatch.data`.
         """
         family.prepare(torch.device("cpu"))
-        with _one_thread(), torch.no_grad():
+        with one_thread(), torch.no_grad():
             theta, constants = _one_slot(theta0), {name: _one_slot(leaf) for name, leaf in task.items()}
             state, losses, points = self.rule.init_state(theta), [], []
             for step, minibatch in enumerate(minibatches):
@@ -68,13 +68,3 @@ class Teacher:
 def _one_slot(leaf: np.ndarray) -> Tensor:
     value = torch.from_numpy(np.asarray(leaf)[None])
     return value.float() if value.is_floating_point() else value
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

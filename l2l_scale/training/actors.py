@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import lightning as L
 import torch.distributed as dist
 
-from l2l_scale.sampling import PoolSettings, RankSampler, cpus_here
+from l2l_scale.cores import available_cores
+from l2l_scale.sampling import PoolSettings, RankSampler
 
 if TYPE_CHECKING:
     from l2l_scale.sampling.pool import RayNode, SamplerPool
@@ -33,7 +34,7 @@ class Actors:
         if self.settings.num_actors == 0:
             return
         if self.settings.ray_address is None:
-            self.settings.check_cpus(ranks_per_node, cpus_here(), "of this machine")
+            self.settings.check_cpus(ranks_per_node, available_cores(), "of this machine")
         else:
             self.settings.prepare_environment()
             from l2l_scale.sampling.pool import check_cluster

@@ -23,7 +23,7 @@ class TrajectoryMetrics(Callback):
     - ``train/update_rms``: root mean square of the last updates;
     - ``train/diverged``: share of slots that diverged in the window;
 
-    of a mixture for each family (``train/loss/NAME``, …), and
+    of a mixture for each family on rank 0 (``train/loss/NAME``, …), and
 
     - ``train/num_diverged``: how many times a slot diverged since the start of the run, on this rank;
     - ``train/num_skipped``: how many meta-steps were dropped because their gradient was not finite;

@@ -11,7 +11,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from l2l_scale.sampling import cpus_here, to_batch
+from l2l_scale.cores import available_cores
+from l2l_scale.sampling import to_batch
 from l2l_scale.training.data import WindowData
 from l2l_scale.training.module import MetaTraining
 
@@ -42,7 +43,7 @@ class PaceReport(Callback):
             return
         pace = measure(pl_module, data, trainer)
         if trainer.is_global_zero:
-            print(report(pace, data.pool.num_actors, trainer.num_devices, cpus_here()), flush=True)
+            print(report(pace, data.pool.num_actors, trainer.num_devices, available_cores()), flush=True)
 
 
 def measure(module: MetaTraining, data: WindowData, trainer: L.Trainer) -> Pace:

@@ -34,7 +34,7 @@ def validation_metrics(curves: Mapping[str, Tensor], weights: Mapping[str, float
         metric: weighted_mean({name: values[metric] for name, values in each.items()}, weights)
         for metric in metrics
     }
-    if len(each) == 1:
+    if list(each) == [""]:
         return of_all
     by_name = {f"{metric}/{name}": values[metric] for name, values in each.items() for metric in metrics}
     return of_all | by_name

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import psutil
 import torch
 
-from l2l_scale.sampling import Batch, PoolSettings, WindowLoader, cpus_here
+from l2l_scale.cores import available_cores
+from l2l_scale.sampling import Batch, PoolSettings, WindowLoader
 from l2l_scale.training.data import WindowData
 from l2l_scale.tree import tree_leaves
 
@@ -59,7 +60,8 @@ class Source:
         sampler = data.sampler(seats)
         self.pool = None
         if entrant.actors:
-            from l2l_scale.sampling.pool import SamplerPool
+            from l2l_scale.cores import available_cores
+from l2l_scale.sampling.pool import SamplerPool
 
             settings = PoolSettings(num_actors=entrant.actors, depth=entrant.depth, cpus_per_actor=share)
             self.pool = SamplerPool(sampler, settings)
@@ -119,11 +121,12 @@ def ray_of_our_own(entrants: list[Entrant]) -> Iterator[float]:
         yield 1.0
         return
     PoolSettings().prepare_environment()
-    from l2l_scale.sampling.pool import start_ray, stop_ray
+    from l2l_scale.cores import available_cores
+from l2l_scale.sampling.pool import start_ray, stop_ray
 
     start_ray()
     try:
-        yield min(1.0, int(1000 * cpus_here() / total) / 1000)
+        yield min(1.0, int(1000 * available_cores() / total) / 1000)
     finally:
         stop_ray()
 
@@ -136,7 +139,7 @@ def size_of(batch: Batch) -> int:
 
 def pin_apart(threads: int) -> str:
     """Keep this process on the first cores, and Ray's processes on the others; what was done, in words."""
-    if sys.platform != "linux" or cpus_here() <= threads:
+    if sys.platform != "linux" or available_cores() <= threads:
         return "not pinned"
     cores = sorted(os.sched_getaffinity(0))
     children = psutil.Process().children(recursive=True)

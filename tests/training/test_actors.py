@@ -5,7 +5,8 @@ import os
 import pytest
 from test_meta_training import FAMILY, make_data
 
-from l2l_scale.sampling import PoolSettings, cpus_here
+from l2l_scale.cores import available_cores
+from l2l_scale.sampling import PoolSettings
 from l2l_scale.training import WindowData
 
 PoolSettings().prepare_environment()  # Ray reads it when the next line imports it
@@ -77,7 +78,7 @@ def test_ray_is_stopped_where_actors_do_not_start(monkeypatch, calls, error):
     ("ranks", "says"), [(1, r"\(999\), 1 CPUs each"), (2, r"\(999\) on each of 2 ranks")]
 )
 def test_more_actors_than_cpus_are_refused_before_ray_is_started(calls, ranks, says):
-    with pytest.raises(ValueError, match=rf"num_actors {says}, .* {cpus_here()} CPUs of this machine"):
+    with pytest.raises(ValueError, match=rf"num_actors {says}, .* {available_cores()} CPUs of this machine"):
         make_data(pool=PoolSettings(num_actors=999)).actors.check(ranks)
     assert calls == []
 

@@ -60,8 +60,7 @@ class Source:
         sampler = data.sampler(seats)
         self.pool = None
         if entrant.actors:
-            from l2l_scale.cores import available_cores
-from l2l_scale.sampling.pool import SamplerPool
+            from l2l_scale.sampling.pool import SamplerPool
 
             settings = PoolSettings(num_actors=entrant.actors, depth=entrant.depth, cpus_per_actor=share)
             self.pool = SamplerPool(sampler, settings)
@@ -121,8 +120,7 @@ def ray_of_our_own(entrants: list[Entrant]) -> Iterator[float]:
         yield 1.0
         return
     PoolSettings().prepare_environment()
-    from l2l_scale.cores import available_cores
-from l2l_scale.sampling.pool import start_ray, stop_ray
+    from l2l_scale.sampling.pool import start_ray, stop_ray
 
     start_ray()
     try:

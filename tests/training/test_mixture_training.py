@@ -206,12 +206,14 @@ CURVES = {
 
 
 def test_validation_metrics_of_one_family_are_plain_means():
-    metrics = validation_metrics({"a": CURVES["a"]}, {"a": 1.0})
-    assert metrics == {
+    plain = {
         "valid/sum": torch.tensor(8.0),
         "valid/final": torch.tensor(5.0),
         "valid/final_median": torch.tensor(4.0),
     }
+    assert validation_metrics({"": CURVES["a"]}, {"": 1.0}) == plain
+    named = {f"{name}/a": value for name, value in plain.items()}
+    assert validation_metrics({"a": CURVES["a"]}, {"a": 1.0}) == plain | named
 
 
 def test_validation_metrics_of_several_families_are_each_and_their_weighted_geometric_mean():

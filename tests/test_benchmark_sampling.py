@@ -22,7 +22,7 @@ def run(out: Path, arguments: str) -> tuple[dict, str]:
 def test_drawing_and_waiting_are_measured_in_process(tmp_path: Path) -> None:
     content, printed = run(
         tmp_path / "new" / "sampling.json",
-        "--workloads tiny,blank --actors 0 --rounds 2 --seconds 0 --waiting_windows 2",
+        "--workloads tiny,blank --actors 0 --rounds 2 --tries 2 --patience 0 --seconds 0 --waiting_windows 2",
     )
     blank, way = content["throughput"]["blank"], content["throughput"]["blank"]["ways"]["in process"]
     assert blank["window_bytes"] == pytest.approx(80e6, rel=0.01)
@@ -38,7 +38,9 @@ def test_drawing_and_waiting_are_measured_in_process(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_actors_are_measured_beside_it(tmp_path: Path) -> None:
-    arguments = "--workloads tiny --actors 0,1,2 --rounds 1 --seconds 0.1 --waiting_windows 0"
+    arguments = (
+        "--workloads tiny --actors 0,1,2 --rounds 1 --tries 1 --patience 0 --seconds 0.1 --waiting_windows 0"
+    )
     content, printed = run(tmp_path / "sampling.json", arguments)
     ways = content["throughput"]["tiny"]["ways"]
     assert [*ways] == ["in process", "1 actor, depth 4", "2 actors, depth 4", "1 actor, depth 1"]
@@ -50,9 +52,8 @@ def test_actors_are_measured_beside_it(tmp_path: Path) -> None:
 def test_a_round_goes_on_where_the_last_one_ended(benchmarks) -> None:
     sources, jobs = benchmarks("sampling_sources"), benchmarks("sampling_jobs")
     source = sources.Source(jobs.WORKLOADS["tiny"](), sources.Entrant(0, 4))
-    assert (
-        sources.size_of(source.first()) == 4 * 2 * 1 + 4 + 8 + 1 + 8
-    )  # w and y, theta0, two numbers, a flag
+    w_and_y, theta0, inner_step, reset, horizon = 4 * 2, 4, 8, 1, 8
+    assert sources.size_of(source.first()) == w_and_y + theta0 + inner_step + reset + horizon
     assert source.round(0).windows == 1
     assert source.loader.next_index == 3  # the first, one that fills the queue, one that counts
     source.close()
@@ -67,9 +68,7 @@ def test_a_round_goes_on_where_the_last_one_ended(benchmarks) -> None:
         ("--actors ,", "--actors and --waiting_depths must not be empty"),
     ],
 )
-def test_what_does_not_exist_is_refused(
-    benchmarks, monkeypatch, capsys, arguments: str, message: str
-) -> None:
+def test_what_does_not_exist_is_refused(benchmarks, monkeypatch, capsys, arguments, message) -> None:
     sampling = benchmarks("sampling")
     monkeypatch.setattr(sys, "argv", ["benchmark_sampling", *arguments.split()])
     with pytest.raises(SystemExit):

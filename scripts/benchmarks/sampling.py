@@ -1,18 +1,18 @@
 """How fast are windows drawn, in the trainer's process and by Ray actors, and how long does the trainer wait?
 
 Windows count when they are batches in this process: what transport costs, and the one copy, are included.
-Rounds of all ways are interleaved, so that a busy machine disturbs all alike.
+Rounds of all ways are interleaved; those in which other programs are busy are repeated.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
+import quiet
 import report
 import sampling_jobs
 import sampling_report
@@ -22,8 +22,6 @@ from rich.console import Console
 from sampling_jobs import WORKLOADS
 from sampling_sources import Drawn, Entrant, Source, pin_apart, ray_of_our_own, size_of
 from sampling_waiting import SKIPPED, Training, Waiting
-
-Tick = Callable[[], None]
 
 
 def main() -> None:
@@ -50,7 +48,6 @@ def throughput(name: str, args: argparse.Namespace, console: Console) -> dict[st
     ways = [Entrant(actors, args.depth) for actors in args.actors]
     if name == "tiny" and any(args.actors):
         ways.append(Entrant(1, 1))  # the time from asking to the answer
-    rounds: dict[Entrant, list[Drawn]] = {way: [] for way in ways}
     with ray_of_our_own(ways) as share, ExitStack() as stack, progress_bar(console) as progress:
         bar = progress.add_task(name, total=(1 + args.rounds) * len(ways))
         sources, size = {}, 0
@@ -58,10 +55,12 @@ def throughput(name: str, args: argparse.Namespace, console: Console) -> dict[st
             sources[way] = stack.enter_context(closing(Source(WORKLOADS[name](), way, share)))
             size = size_of(sources[way].first())
             progress.advance(bar)
-        for _ in range(args.rounds):
-            for way, source in sources.items():
-                rounds[way].append(source.round(args.seconds))
-                progress.advance(bar)
+        rounds: dict[Entrant, list[Drawn]] = quiet.quietest(
+            ways,
+            quiet.Plan.of(args),
+            lambda way: sources[way].round(args.seconds),
+            lambda: progress.advance(bar),
+        )
     return sampling_report.plain_throughput(size, rounds)
 
 
@@ -71,7 +70,6 @@ def waiting(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     ways = [Entrant(0, last)] if 0 in args.actors else []
     ways += [Entrant(1, depth) for depth in args.waiting_depths if 1 in args.actors]
     ways += [Entrant(2, last)] if 2 in args.actors else []
-    rounds: dict[Entrant, list[Waiting]] = {way: [] for way in ways}
     with ray_of_our_own(ways) as share, ExitStack() as stack, progress_bar(console) as progress:
         bar = progress.add_task("waiting", total=(1 + args.rounds) * len(ways))
         trainings = {}
@@ -80,10 +78,9 @@ def waiting(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             trainings[way] = stack.enter_context(closing(training))
             progress.advance(bar)
         placed = pin_apart(threads=1)
-        for _ in range(args.rounds):
-            for way, training in trainings.items():
-                rounds[way].append(training.round())
-                progress.advance(bar)
+        rounds: dict[Entrant, list[Waiting]] = quiet.quietest(
+            ways, quiet.Plan.of(args), lambda way: trainings[way].round(), lambda: progress.advance(bar)
+        )
     return sampling_report.plain_waiting(args.waiting_windows, placed, rounds)
 
 
@@ -98,7 +95,7 @@ def arguments() -> argparse.Namespace:
     add("--workloads", type=names, default=[*WORKLOADS], help="separated by commas; default: all")
     add("--actors", type=counts, default=[0, 1, 2, 4], help="0: in this process; default: 0,1,2,4")
     add("--depth", type=int, default=4, help="windows drawn ahead at most (default: %(default)s)")
-    add("--rounds", type=int, default=3, help="of every way (default: %(default)s)")
+    quiet.add_arguments(parser, rounds=3)
     add("--seconds", type=float, default=2.0, help="shortest round (default: %(default)s)")
     waiting_help = f"windows of a round, after {SKIPPED} that do not count; 0 leaves it out"
     add("--waiting_windows", type=int, default=60, help=f"{waiting_help} (default: %(default)s)")

@@ -12,6 +12,7 @@ import matplotlib as mpl
 import report
 from commandline import rate
 from measure import Summary
+from quiet import most
 from rich.table import Table
 from sampling_sources import Drawn, Entrant
 from sampling_waiting import Waiting
@@ -38,6 +39,7 @@ def plain_throughput(size: int, rounds: dict[Entrant, list[Drawn]]) -> dict[str,
             "mb_per_s": per_second.median * size / 1e6,
             "own_cpu_seconds": Summary.of([one.own_cpu / one.windows for one in own])._asdict(),
             "cpu_seconds": Summary.of([one.cpu_per_window for one in own])._asdict(),
+            "others_busy_cores": most(own),
         }
     return {"window_bytes": size, "rounds": len(next(iter(rounds.values()))), "ways": ways}
 
@@ -56,6 +58,7 @@ def plain_waiting(windows: int, placed: str, rounds: dict[Entrant, list[Waiting]
             "share": Summary.of([one.share for one in own])._asdict(),
             "waited_seconds": Summary.of([one.waited for one in own])._asdict(),
             "window_seconds": Summary.of([one.total for one in own])._asdict(),
+            "others_busy_cores": most(own),
         }
         for way, own in rounds.items()
     }
@@ -84,7 +87,7 @@ def throughput_table(name: str, content: dict[str, Any]) -> Table:
     view = Table(title=f"{name}: windows of {size:,.3g} MB", title_justify="left", caption_justify="left")
     view.caption = _caption(name, ways)
     view.add_column("drawn", no_wrap=True)
-    for head in ("windows/s", "range", "MB/s", "× first", "own CPU ms", "all CPU ms"):
+    for head in ("windows/s", "range", "MB/s", "× first", "own CPU ms", "all CPU ms", "others"):
         view.add_column(head, justify="right")
     first = next(iter(ways.values()))["windows_per_s"]["median"]
     for label, way in ways.items():
@@ -97,12 +100,16 @@ def throughput_table(name: str, content: dict[str, Any]) -> Table:
             f"{speed['median'] / first:.2f}",
             f"{1e3 * way['own_cpu_seconds']['median']:,.2f}",
             f"{1e3 * way['cpu_seconds']['median']:,.2f}",
+            f"{way['others_busy_cores']:.2f}",
         )
     return view
 
 
 def _caption(name: str, ways: dict[str, Any]) -> str:
-    caption = "own CPU: of the trainer's process, for one window; all CPU: the actors' as well"
+    caption = (
+        "own CPU: of the trainer's process, for one window; all CPU: the actors' as well\n"
+        "others: cores that other programs were busy on, at most"
+    )
     waits = [way for way in ways.values() if way["actors"] == 1 and way["depth"] == 1]
     if name == "tiny" and waits:
         seconds = 1 / waits[0]["windows_per_s"]["median"]
@@ -116,7 +123,7 @@ def waiting_table(content: dict[str, Any]) -> Table:
     view = Table(title=title, title_justify="left", caption_justify="left")
     view.caption = f"{content['placed']}; waited: the copy into a batch included"
     view.add_column("drawn", no_wrap=True)
-    for head in ("waiting", "range", "waited ms", "meta-step ms", "× first"):
+    for head in ("waiting", "range", "waited ms", "meta-step ms", "× first", "others"):
         view.add_column(head, justify="right")
     ways = content["ways"]
     first = next(iter(ways.values()))["window_seconds"]["median"] if ways else 1.0
@@ -129,6 +136,7 @@ def waiting_table(content: dict[str, Any]) -> Table:
             f"{1e3 * way['waited_seconds']['median']:.2f}",
             f"{1e3 * total:.1f}",
             f"{first / total:.2f}",
+            f"{way['others_busy_cores']:.2f}",
         )
     return view
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import psutil
 import torch
+from quiet import Others
 
 from l2l_scale.cores import available_cores
 from l2l_scale.sampling import Batch, PoolSettings, WindowLoader
@@ -43,6 +44,8 @@ class Drawn(NamedTuple):
     """CPU seconds of this process, all threads, for all of them."""
     cpu_per_window: float
     """CPU seconds of this process and the actors for one window."""
+    others: float
+    """Cores that other programs were busy on."""
 
 
 class Source:
@@ -77,19 +80,21 @@ class Source:
         """Draw for at least so long. A window before that fills the queue, and does not count."""
         windows, before, asked = iter(self.loader), self._actors_cpu(), self.loader.next_index
         next(windows)
+        others = Others()
         count, wall, cpu = 0, time.perf_counter(), time.process_time()
         while count == 0 or time.perf_counter() - wall < seconds:
             next(windows)
             count += 1
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        disturbed = others.cores()
         self.drain()
         of_actors = (self._actors_cpu() - before) / (self.loader.next_index - asked)
-        return Drawn(count, wall, cpu, cpu / count + of_actors)
+        return Drawn(count, wall, cpu, cpu / count + of_actors, disturbed)
 
     def drain(self) -> None:
         """Fetch what was ordered, so that nothing is drawn while another source is measured."""
         if self.pool is not None:
-            self.pool.depth = 1  # then nothing more is ordered
+            self.pool.depth = 0  # then nothing more is ordered
             windows = iter(self.loader)
             while self.pool.in_flight:
                 next(windows)

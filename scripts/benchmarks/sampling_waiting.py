@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from quiet import Others
 from sampling_jobs import streamed_images
 from sampling_sources import Entrant, Source
 
@@ -29,6 +30,8 @@ class Waiting(NamedTuple):
     """Seconds, everything included."""
     waited: float
     """Seconds that the trainer waited, the copy into a batch included."""
+    others: float
+    """Cores that other programs were busy on."""
 
     @property
     def share(self) -> float:
@@ -41,16 +44,25 @@ class Watch(Callback):
 
     def __init__(self, loader: WindowLoader) -> None:
         self.loader, self.marks = loader, list[tuple[float, float]]()
+        self.others: Others | None = None
+        self.disturbed = 0.0
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Before a meta-step, after its window was waited for."""
+        if len(self.marks) == SKIPPED:
+            self.others = Others()
         self.marks.append((time.perf_counter(), self.loader.waited))
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """See who else was there."""
+        assert self.others is not None
+        self.disturbed = self.others.cores()
 
     def result(self) -> Waiting:
         """From the first window that counts to the last."""
         (start, waited), (end, waited_after) = self.marks[SKIPPED], self.marks[-1]
         windows = len(self.marks) - 1 - SKIPPED
-        return Waiting((end - start) / windows, (waited_after - waited) / windows)
+        return Waiting((end - start) / windows, (waited_after - waited) / windows, self.disturbed)
 
 
 class Training:

@@ -16,13 +16,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import quiet
 import report
 import scaling_report
 import sizes
 from children import UnavailableError
 from commandline import console_here, counts, names, progress_bar
 from rich.console import Console
-from scaling_measure import MODES, has_two_cores, measure
+from scaling_measure import has_two_cores, measure
 from scaling_model import Cluster, Link, Work, strong, weak
 
 ASSUMED = {
@@ -41,15 +42,15 @@ ASSUMED = {
 def main() -> None:
     """Measure; predict; print tables; write JSON and a picture."""
     args, console = arguments(), console_here()
-    load = list(os.getloadavg())
+    plan, load = quiet.Plan.of(args), list(os.getloadavg())
     console.print(f"CPU {report.cpu_name()}, {os.cpu_count()} cores, load {load[0]:.1f} before the start")
     results: dict[str, Any] = {}
     with progress_bar(console) as progress:
-        bar = progress.add_task("", total=len(args.workloads) * (1 + args.rounds * len(MODES)))
+        bar = progress.add_task("", total=len(args.workloads) * (1 + args.rounds))
         for name in args.workloads:
             progress.update(bar, description=name)
             try:
-                scaling = measure(name, args.rounds, args.seconds, lambda: progress.advance(bar))
+                scaling = measure(name, plan, args.seconds, lambda: progress.advance(bar))
             except UnavailableError as error:
                 raise SystemExit(f"error: {name} cannot be measured: {error}") from error
             results[name] = scaling_report.plain(name, scaling)
@@ -141,7 +142,7 @@ def arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--workloads", type=names, default=[*sizes.NAMES], help="separated by commas; default: W1,W2,W3")
-    add("--rounds", type=int, default=5, help="of one process and of two (default: %(default)s)")
+    quiet.add_arguments(parser, rounds=5)
     add("--seconds", type=float, default=2.0, help="shortest round (default: %(default)s)")
     json_help = "the picture goes beside it; default: %(default)s"
     add("--json", type=Path, default=Path("runs/benchmark/scaling.json"), help=json_help)

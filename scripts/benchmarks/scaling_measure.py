@@ -6,6 +6,7 @@ nothing else, so that they are what two ranks could reach.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import socket
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from children import Child
+from quiet import Others, Plan, quietest
 
 MODES = ("alone", "both", "ranks")
 """One process, the other core idle; two processes that ignore each other; two ranks."""
@@ -47,24 +49,34 @@ class Round(NamedTuple):
         return sum(self.steps / own["wall"] for own in self.processes)
 
 
+class Triple(NamedTuple):
+    """One round of every mode, one after the other."""
+
+    alone: Round
+    both: Round
+    ranks: Round
+    others: float
+    """Cores that other programs were busy on."""
+
+
 class Scaling(NamedTuple):
     """All that was measured of a workload."""
 
     facts: dict[str, Any]
     """What a worker says of itself."""
-    rounds: dict[str, list[Round]]
-    """By mode."""
+    triples: list[Triple]
+    """The quietest."""
     reductions: list[float]
     """Seconds of the all-reduce alone, with two ranks."""
 
 
-def measure(name: str, rounds: int, seconds: float, tick: Callable[[], None]) -> Scaling:
+def measure(name: str, plan: Plan, seconds: float, tick: Callable[[], None]) -> Scaling:
     """Measure a workload.
 
     Args:
         name: of the workload.
-        rounds: of every mode.
-        seconds: shortest round.
+        plan: how often.
+        seconds: shortest round of a mode.
         tick: told of every round, and of the start.
 
     Raises:
@@ -75,12 +87,14 @@ def measure(name: str, rounds: int, seconds: float, tick: Callable[[], None]) ->
         steps = choose_steps(together(loners, "steps 1"), seconds)
         together(ranks, "steps 1")
         tick()
-        found: dict[str, list[Round]] = {mode: [] for mode in MODES}
-        for number in range(rounds):
-            alone = [loners[number % 2]]  # cores differ, if only in who else is on them
-            for mode, children in zip(MODES, (alone, loners, ranks), strict=True):
-                found[mode].append(Round(steps, together(children, f"steps {steps}")))
-                tick()
+        turns = itertools.cycle(loners)  # cores differ, if only in who else is on them
+
+        def triple(_: str) -> Triple:
+            others, groups = Others(), ([next(turns)], loners, ranks)
+            rounds = [Round(steps, together(group, f"steps {steps}")) for group in groups]
+            return Triple(*rounds, others.cores())
+
+        found = quietest([name], plan, triple, tick)[name]
         asked = [together(ranks, f"reduce {_REDUCTIONS}") for _ in range(_ROUNDS_OF_REDUCTIONS)]
         for child in (*loners, *ranks):
             child.send("end")

@@ -16,6 +16,7 @@ import report
 import sizes
 from commandline import rate
 from measure import Summary
+from quiet import most
 from rich.table import Table
 from scaling_measure import MODES, Round, Scaling
 
@@ -42,23 +43,24 @@ _HEADS = ("meta-step", "drawing", "forward", "backward", "Adam, Lightning", "CPU
 
 def plain(name: str, scaling: Scaling) -> dict[str, Any]:
     """The rounds of a workload, summarised."""
-    work, rounds = sizes.coordinate_steps(name), scaling.rounds
+    work, triples = sizes.coordinate_steps(name), scaling.triples
     modes = {}
     for mode in MODES:
-        speeds = [one.steps_per_second * work for one in rounds[mode]]
-        times = {what: statistics.median(of(one) for one in rounds[mode]) for what, of in _TIMES.items()}
+        rounds: list[Round] = [getattr(triple, mode) for triple in triples]
+        speeds = [one.steps_per_second * work for one in rounds]
+        times = {what: statistics.median(of(one) for one in rounds) for what, of in _TIMES.items()}
         modes[mode] = {"coordinate_steps_per_s": Summary.of(speeds)._asdict(), "seconds": times}
-    triples = list(zip(*(rounds[mode] for mode in MODES), strict=True))
     speed = attrgetter("steps_per_second")
     ratios = {
-        "of_both": [speed(ranks) / speed(both) for _, both, ranks in triples],
-        "of_twice_alone": [speed(ranks) / speed(alone) / 2 for alone, _, ranks in triples],
-        "both_of_twice_alone": [speed(both) / speed(alone) / 2 for alone, both, _ in triples],
-        "by_cpu": [both.seconds("cpu") / ranks.seconds("cpu") for _, both, ranks in triples],
+        "of_both": [speed(ranks) / speed(both) for _, both, ranks, _ in triples],
+        "of_twice_alone": [speed(ranks) / speed(alone) / 2 for alone, _, ranks, _ in triples],
+        "both_of_twice_alone": [speed(both) / speed(alone) / 2 for alone, both, _, _ in triples],
+        "by_cpu": [both.seconds("cpu") / ranks.seconds("cpu") for _, both, ranks, _ in triples],
     }
     return {
         **scaling.facts,
-        "steps_per_round": rounds["alone"][0].steps,
+        "steps_per_round": triples[0].alone.steps,
+        "others_busy_cores": most(triples),
         "rounds": len(triples),
         "modes": modes,
         "linear": {key: Summary.of(values)._asdict() for key, values in ratios.items()},
@@ -109,7 +111,8 @@ def caption(content: dict[str, Any]) -> str:
         f"two processes without exchange: {share('both_of_twice_alone')} of twice one alone\n"
         f"all-reduce of φ's gradient alone, {content['phi_bytes']:,} bytes: {1e3 * reduce['median']:.2f} ms "
         f"({1e3 * reduce['min']:.2f} – {1e3 * reduce['max']:.2f})\n"
-        "backward includes it, and waiting for the other rank"
+        f"backward includes it, and waiting for the other rank; {content['rounds']} rounds of "
+        f"{content['steps_per_round']} meta-steps, others on {content['others_busy_cores']:.2f} cores at most"
     )
 
 

@@ -21,6 +21,8 @@ PIN = re.compile(r'([A-Za-z0-9._-]+)==([0-9][0-9a-z.]*)(?:; (python_version (?:<
 # Installed unpinned on purpose: the installers, and the CUDA libraries that torch itself pins.
 UNPINNED = re.compile(r"pip|setuptools|triton|(nvidia|cuda)-.*")
 
+PYTEST = "-m pytest --numprocesses logical --maxprocesses 8 --dist loadfile"
+
 # Stands in for .venv/bin/python: writes down how it was called, and fails where $FAIL matches.
 STAND_IN = """#!/usr/bin/env bash
 echo "$@" >>"$CALLS"
@@ -132,9 +134,9 @@ def test_test_script_installs_once_and_passes_its_arguments_on(clone: Clone) -> 
     result, second = clone.run("scripts/test")
     assert first == [
         "-m pip install --editable .[dev] --constraint scripts/constraints.txt",
-        "-m pytest -k quadratic",
+        f"{PYTEST} -k quadratic",
     ]
-    assert second == ["-m pytest"]
+    assert second == [PYTEST]
     assert re.search(r"The tests took \d+ min \d\d s", result.stdout)
 
 
@@ -154,7 +156,7 @@ def test_failed_installation_stops_and_is_tried_again(clone: Clone) -> None:
     assert result.returncode == 3
     assert len(calls) == 1
     _, calls = clone.run("scripts/test")
-    assert calls[-1] == "-m pytest"
+    assert calls[-1] == PYTEST
     assert len(calls) == 2
 
 
@@ -166,7 +168,7 @@ def test_failed_tests_fail_the_test_script_and_ci(clone: Clone) -> None:
 def test_ci_checks_lint_format_types_and_tests_and_stops_at_the_first_failure(clone: Clone) -> None:
     _, calls = clone.run(".ci/run")
     triton = "-m pip install --quiet --no-deps triton==3.7.1"
-    assert calls[1:] == ["-m ruff check", "-m ruff format --check", "-m mypy", triton, "-m pytest"]
+    assert calls[1:] == ["-m ruff check", "-m ruff format --check", "-m mypy", triton, PYTEST]
     result, calls = clone.run(".ci/run", FAIL="*--check")
     assert result.returncode == 3
     assert calls[-1] == "-m ruff format --check"

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from l2l_scale.cli.main import COMMANDS, main
+from l2l_scale.cli.run_folder import RUN_DIR_VARIABLE, choose_folder
 
 ROOT = Path(__file__).parents[2]
 SMOKE = str(ROOT / "configs" / "smoke.yaml")
@@ -302,3 +303,21 @@ def test_fit_says_how_a_shared_memory_is_stored(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "dense shared memory, 3 × 3" in said
     assert "fused LSTM layers" in said or "eager" in said
+
+
+@pytest.mark.parametrize("names", [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")])
+def test_processes_that_others_started_must_be_told_the_folder(names, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(RUN_DIR_VARIABLE, raising=False)
+    for name, value in zip(names, ("1", "2"), strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        ValueError, match="run_dir must be given where torchrun or srun starts the 2 processes"
+    ):
+        choose_folder(None, "run", resumes=False, overwrite=False)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "file").touch()  # rank 0's, which may be quicker
+    assert choose_folder("run", "run", resumes=False, overwrite=False) == Path("run")
+    monkeypatch.setenv(names[0], "0")
+    with pytest.raises(ValueError, match="not empty"):
+        choose_folder("run", "run", resumes=False, overwrite=False)

@@ -311,7 +311,7 @@ def test_processes_that_others_started_must_be_told_the_folder(names, tmp_path, 
     monkeypatch.delenv(RUN_DIR_VARIABLE, raising=False)
     for name, value in zip(names, ("1", "2"), strict=True):
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="run_dir must be given .* starts the 2 processes"):
+    with pytest.raises(ValueError, match=r"run_dir must be given .* starts the 2 processes"):
         choose_folder(None, "run", resumes=False, overwrite=False)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "file").touch()  # rank 0's, which may be quicker

@@ -61,7 +61,7 @@ def test_one_and_two_processes_train_the_same_rule_and_actors_change_no_bit(tmp_
     said = run(*fit, str(tmp_path / "two"), *CPU2, *ACTORS)
     assert "64 slots on 2 ranks" in said
     assert "1 actor(s) draw ahead" in said
-    main([*fit, str(tmp_path / "again"), *CPU2, "--trainer.strategy", "ddp_fork"])
+    run(*fit, str(tmp_path / "again"), *CPU2, "--trainer.strategy", "ddp_fork")
     assert torch.equal(phi(tmp_path / "two"), phi(tmp_path / "again"))
     assert metrics(tmp_path / "two") == metrics(tmp_path / "again")
     main([*fit, str(tmp_path / "one")])
@@ -104,16 +104,17 @@ def test_no_process_is_left_after_a_signal(tmp_path, number):
     assert psutil.wait_procs(children, timeout=10)[1] == []
 
 
-def test_groups_of_ranks_train_and_go_on_through_the_command_line(tmp_path, capfd):
+@pytest.mark.slow
+def test_groups_of_ranks_train_and_go_on_through_the_command_line(tmp_path):
     (tmp_path / "mixture.yaml").write_text(MIXTURE)
     fit = ["fit", "-c", SMOKE, "-c", str(tmp_path / "mixture.yaml"), *CPU2, "--trainer.strategy", "ddp_fork"]
     fit += [*QUIET, "--data.windows_per_epoch", "5", "--data.valid_tasks", "4", "--model.final_fraction", "1"]
     for name, steps in (("straight", "10"), ("parts", "5")):
-        main([*fit, "--run_dir", str(tmp_path / name), "--trainer.max_steps", steps])
+        said = run(*fit, "--run_dir", str(tmp_path / name), "--trainer.max_steps", steps)
+        assert "2 families, rank_groups:" in said
     config = str(tmp_path / "parts" / "config.yaml")
-    main(["fit", "-c", config, "--ckpt_path", "last", "--trainer.max_steps", "10"])
+    run("fit", "-c", config, "--ckpt_path", "last", "--trainer.max_steps", "10")
     assert torch.equal(phi(tmp_path / "straight"), phi(tmp_path / "parts"))
-    assert "2 families, rank_groups:" in capfd.readouterr().out
     saved = torch.load(tmp_path / "parts" / "checkpoints" / "last.ckpt", weights_only=True)["l2l_scale"]
     assert {name: leaves[0].shape[0] for name, leaves in saved["carries"].items()} == {
         "quadratics": 8,

@@ -62,6 +62,20 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Modu
             del sys.modules[name]
 
 
+@pytest.fixture(autouse=True)
+def _no_traces_of_ranks() -> Iterator[None]:
+    """What a run of several ranks leaves in the environment must not reach the next test's processes."""
+    names = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "RANK", "WORLD_SIZE")
+    before = {name: os.environ.get(name) for name in names}
+    yield
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @pytest.fixture
 def double() -> Iterator[torch.dtype]:
     """Make float64 the default for what the test creates."""

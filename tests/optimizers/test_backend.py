@@ -222,7 +222,7 @@ def test_a_run_and_its_checkpoint_know_nothing_of_the_backend(tmp_path: Path) ->
     eager, fused = checkpoints["eager"], checkpoints["fused"]
     assert eager["state_dict"].keys() == fused["state_dict"].keys()
     assert eager["l2l_scale"]["rule"] == fused["l2l_scale"]["rule"]
-    shapes = [[leaf.shape for leaf in tree_leaves(c["l2l_scale"]["carry"])] for c in (eager, fused)]
+    shapes = [[leaf.shape for leaf in tree_leaves(c["l2l_scale"]["carries"])] for c in (eager, fused)]
     assert shapes[0] == shapes[1]
 
 

@@ -55,7 +55,8 @@ def ray() -> Iterator[None]:
     started |= set(psutil.Process().children(recursive=True)) - before
     pools.stop_ray()
     _, alive = psutil.wait_procs(started, timeout=10)
-    assert alive == []
+    # What was killed and has lost its parent stays a name until somebody asks for it.
+    assert [one for one in alive if one.status() != psutil.STATUS_ZOMBIE] == []
 
 
 class LocalRay:

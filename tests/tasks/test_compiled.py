@@ -100,7 +100,7 @@ def test_the_true_meta_gradient_is_refused():
 def test_meta_training_compiles_the_training_tasks_in_first_order_only():
     rule, family = CoordinatewiseLSTM(hidden_size=4, layers=1), Quadratic(dimension=3)
     module = MetaTraining(rule, family, compile_tasks=True)
-    assert module.family == CompiledFamily(family)
-    assert module.valid_family == MetaTraining(rule, family).family == family
+    assert module.families == {"": CompiledFamily(family)}
+    assert module.valid_families == MetaTraining(rule, family).families == {"": family}
     with pytest.raises(ValueError, match=r"compile_tasks \(True\) must be False with second_order"):
         MetaTraining(rule, family, TruncatedBPTT(second_order=True), compile_tasks=True)

@@ -22,7 +22,7 @@ def run(out: Path, arguments: str) -> tuple[dict, str]:
 def test_drawing_and_waiting_are_measured_in_process(tmp_path: Path) -> None:
     content, printed = run(
         tmp_path / "new" / "sampling.json",
-        "--workloads tiny,blank --actors 0 --rounds 2 --tries 2 --patience 0 --seconds 0 --waiting_windows 2",
+        "--workloads tiny,blank --actors 0 --rounds 2 --patience 0 --seconds 0 --waiting_windows 2",
     )
     blank, way = content["throughput"]["blank"], content["throughput"]["blank"]["ways"]["in process"]
     assert blank["window_bytes"] == pytest.approx(80e6, rel=0.01)
@@ -38,9 +38,7 @@ def test_drawing_and_waiting_are_measured_in_process(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_actors_are_measured_beside_it(tmp_path: Path) -> None:
-    arguments = (
-        "--workloads tiny --actors 0,1,2 --rounds 1 --tries 1 --patience 0 --seconds 0.1 --waiting_windows 0"
-    )
+    arguments = "--workloads tiny --actors 0,1,2 --rounds 1 --patience 0 --seconds 0.1 --waiting_windows 0"
     content, printed = run(tmp_path / "sampling.json", arguments)
     ways = content["throughput"]["tiny"]["ways"]
     assert [*ways] == ["in process", "1 actor, depth 4", "2 actors, depth 4", "1 actor, depth 1"]

@@ -88,7 +88,7 @@ def test_all_wait_for_the_slowest(model) -> None:
 @pytest.mark.slow
 def test_two_processes_are_measured_and_many_gpus_predicted(tmp_path: Path) -> None:
     out = tmp_path / "new" / "scaling.json"
-    arguments = "--workloads S=2 --rounds 1 --tries 1 --patience 0 --seconds 0.1 --gpus 1,16 --total_slots 8"
+    arguments = "--workloads S=2 --rounds 1 --patience 0 --seconds 0.1 --gpus 1,16 --total_slots 8"
     command = [sys.executable, SCRIPT, *arguments.split(), "--json", out]
     run = subprocess.run(command, check=True, capture_output=True, text=True)
     content = json.loads(out.read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import time
@@ -34,24 +35,23 @@ class Plan(NamedTuple):
 
     rounds: int
     """That count, of every way."""
-    tries: int
-    """Rounds at most."""
     patience: float
-    """Seconds to wait before rounds, all together, until others are quiet."""
+    """Seconds to spend on waiting until others are quiet, and on repeating what they disturbed."""
 
     @classmethod
     def of(cls, args: Namespace) -> Plan:
         """What the command line asks for."""
-        return cls(args.rounds, args.tries or 3 * args.rounds, args.patience)
+        return cls(args.rounds, args.patience)
 
 
 def add_arguments(parser: ArgumentParser, rounds: int) -> None:
     """Add what :meth:`Plan.of` reads."""
     add = parser.add_argument
     add("--rounds", type=int, default=rounds, help="that count, of every way (default: %(default)s)")
-    tries_help = "rounds at most, while other programs disturb; the quietest count (default: 3 × --rounds)"
-    add("--tries", type=int, help=tries_help)
-    patience_help = "seconds to wait until they are quiet, all together (default: %(default)s)"
+    patience_help = (
+        "seconds to spend, for each workload, on waiting until other programs are quiet and on repeating "
+        "rounds that they disturbed; the quietest rounds count (default: %(default)g)"
+    )
     add("--patience", type=float, default=60.0, help=patience_help)
 
 
@@ -68,15 +68,30 @@ def quietest(
     """
     found: dict[Way, list[Round]] = {way: [] for way in ways}
     patience = plan.patience
-    for number in range(max(plan.tries, plan.rounds)):
-        for way, own in found.items():
-            if sum(one.others < QUIET for one in own) >= plan.rounds:
-                continue
-            patience -= wait(patience)
+    for number in itertools.count():
+        for way, own in _unfinished(found, plan.rounds):
+            is_repeat = number >= plan.rounds
+            if is_repeat and patience <= 0:
+                return _chosen(found, plan.rounds)
+            start = time.perf_counter()
+            wait(patience)
+            waited = time.perf_counter() - start
             own.append(measure(way))
-            if number < plan.rounds:
+            patience -= time.perf_counter() - start if is_repeat else waited
+            if not is_repeat:
                 tick()
-    return {way: sorted(own, key=_others)[: plan.rounds] for way, own in found.items()}
+        if not _unfinished(found, plan.rounds):
+            break
+    return _chosen(found, plan.rounds)
+
+
+def _unfinished(found: dict[Way, list[Round]], rounds: int) -> list[tuple[Way, list[Round]]]:
+    """Ways without so many quiet rounds."""
+    return [pair for pair in found.items() if sum(one.others < QUIET for one in pair[1]) < rounds]
+
+
+def _chosen(found: dict[Way, list[Round]], rounds: int) -> dict[Way, list[Round]]:
+    return {way: sorted(own, key=_others)[:rounds] for way, own in found.items()}
 
 
 def _others(one: Disturbed) -> float:
@@ -88,15 +103,14 @@ def most(rounds: Iterable[Disturbed]) -> float:
     return max(map(_others, rounds))
 
 
-def wait(patience: float) -> float:
-    """Wait until others are quiet, but no longer than so many seconds; how long that took."""
-    start = time.perf_counter()
-    while (waited := time.perf_counter() - start) < patience:
+def wait(patience: float) -> None:
+    """Wait until others are quiet, but no longer than so many seconds."""
+    end = time.perf_counter() + patience
+    while time.perf_counter() < end:
         before = busy()
         time.sleep(_LOOK)
         if busy() - before < QUIET * _LOOK:
             break
-    return waited
 
 
 class Others:

@@ -26,6 +26,8 @@ def records(path: Path) -> Iterator[messages.Record]:
         if rest < HEADER or kind == 0:  # the end of a block is left empty
             at += rest
             continue
+        if at + HEADER + length > len(data):
+            return
         record += data[at + HEADER : at + HEADER + length]
         at += HEADER + length
         if kind in (WHOLE, LAST):

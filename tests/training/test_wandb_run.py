@@ -3,7 +3,7 @@
 import pytest
 import torch
 import wandb
-from wandb_records import pieces
+from wandb_records import pieces, records
 
 from l2l_scale.training import WandbRun
 
@@ -32,6 +32,19 @@ def test_logs_numbers_pictures_tables_and_files(tmp_path):
     assert piece.history[2]["table/ncols"] == 1
     assert piece.artifacts["notes"].name == f"notes-{piece.id}"
     assert piece.exit_codes == [0]
+
+
+def test_a_log_that_is_still_being_written_is_read_up_to_the_cut(tmp_path):
+    run = WandbRun(save_dir=str(tmp_path))
+    run.log_metrics({"x": 0.5})
+    run.finish()
+    (piece,) = pieces(tmp_path)
+    (log,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    written, cut = log.read_bytes(), tmp_path / "cut"
+    for length in range(7, len(written), 5):
+        cut.write_bytes(written[:length])
+        found = list(records(cut))
+        assert found == piece.records[: len(found)]
 
 
 def test_the_id_is_kept_in_the_folder_and_used_again(tmp_path):

@@ -24,6 +24,7 @@ from l2l_scale.deploy import classes_of
 from l2l_scale.training import MetaStepBar, PaceReport, TrajectoryMetrics
 from l2l_scale.training.memory import Machine, check_memory
 from l2l_scale.training.precision import check_precision
+from l2l_scale.training.run_state import RunStateFile
 from l2l_scale.training.surroundings import git_state, versions
 
 
@@ -65,7 +66,9 @@ class Fit(Experiment):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Lightning's trainer with our logger, what is configured besides, and our callbacks."""
-        own: list[Callback] = [RunFolder(self), PaceReport(), TrajectoryMetrics()]
+        checkpoint = self.config.checkpoint
+        self.run_state = RunStateFile(self.folder, checkpoint.monitor, checkpoint.mode)
+        own: list[Callback] = [RunFolder(self), self.run_state, PaceReport(), TrajectoryMetrics()]
         if self.config.trainer.enable_progress_bar in (None, True):
             own.append(MetaStepBar())
         self.trainer_defaults["callbacks"] = own
@@ -88,7 +91,7 @@ class Fit(Experiment):
             check_memory(self.model, self.datamodule, machine_of(trainer))
         if trainer.is_global_zero:
             keep_metrics(self.folder)  # before Lightning sets its logger up, which deletes them
-        with ending(trainer.loggers):
+        with ending(trainer.loggers), self.run_state:
             try:
                 trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.ckpt_path)
             except SystemExit as stop:  # Lightning's answer to Ctrl-C
@@ -100,6 +103,7 @@ class Fit(Experiment):
                 raise
             if trainer.is_global_zero:
                 self.finish(time.perf_counter() - started)
+            self.run_state.end("finished")
 
     def begin_logging(self) -> None:
         """Start the runs of W&B, now that it is sure that there will be something to log."""

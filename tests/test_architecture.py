@@ -18,7 +18,7 @@ FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.r
 MAX_LINES = 250
 
 FLOORS = {
-    **dict.fromkeys(("tree", "flat", "rng", "checks", "cores"), 0),
+    **dict.fromkeys(("tree", "flat", "rng", "checks", "cores", "files", "run_record"), 0),
     **dict.fromkeys(("tasks", "optimizers"), 1),
     "unroll": 2,
     **dict.fromkeys(("estimators", "sampling"), 3),

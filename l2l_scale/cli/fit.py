@@ -27,6 +27,7 @@ from l2l_scale.training import Checkpoints, MetaStepBar, PaceReport, Stopped, Tr
 from l2l_scale.training.checkpoints.shelf import LAST
 from l2l_scale.training.memory import Machine, check_memory
 from l2l_scale.training.precision import check_precision
+from l2l_scale.training.run_state import RunStateFile
 from l2l_scale.training.surroundings import git_state, versions
 
 
@@ -68,7 +69,9 @@ class Fit(Experiment):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Lightning's trainer with our logger, what is configured besides, and our callbacks."""
-        own: list[Callback] = [RunFolder(self), PaceReport(), TrajectoryMetrics()]
+        checkpoint = self.config.checkpoint
+        self.run_state = RunStateFile(self.folder, checkpoint.monitor, checkpoint.mode)
+        own: list[Callback] = [RunFolder(self), self.run_state, PaceReport(), TrajectoryMetrics()]
         if self.config.trainer.enable_progress_bar in (None, True):
             own.append(MetaStepBar())
         self.trainer_defaults["callbacks"] = own
@@ -91,7 +94,7 @@ class Fit(Experiment):
             check_memory(self.model, self.datamodule, machine_of(trainer))
         if trainer.is_global_zero:
             keep_metrics(self.folder)  # before Lightning sets its logger up, which deletes them
-        with ending(trainer.loggers):
+        with ending(trainer.loggers), self.run_state:
             try:
                 trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.ckpt_path)
             except SystemExit as stop:  # Lightning's answer to a second Ctrl-C
@@ -103,6 +106,7 @@ class Fit(Experiment):
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a late one would kill a run that is complete
             if trainer.is_global_zero:
                 self.finish(time.perf_counter() - started)
+            self.run_state.end("finished")
 
     def begin_logging(self) -> None:
         """Start the runs of W&B, now that it is sure that there will be something to log."""

@@ -15,6 +15,7 @@ COMMANDS = {
     "tune": "tune the baselines of a config and show what was chosen",
     "export": "write the rule of a checkpoint as a file for LearnedOptimizer",
     "memory": "predict the memory that meta-training with a config needs",
+    "runs": "list run folders with state, last meta-step and best value",
 }
 
 USAGE = f"""usage: l2l-scale COMMAND [options]

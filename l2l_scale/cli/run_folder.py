@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from l2l_scale.run_record import RUN_FILE
+
 RUN_DIR_VARIABLE = "L2L_SCALE_RUN_DIR"  # how the processes that Lightning starts learn the folder
 
 
@@ -68,8 +70,8 @@ def empty(folder: Path) -> None:
     """Delete a run; only what a run writes, so that a mistyped folder loses nothing else."""
     for name in ("checkpoints", "evaluation", "wandb"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    files = (folder / name for name in ("config.yaml", "rule.safetensors", "validation.png"))
-    for path in (*files, *folder.glob("metrics*.csv")):
+    files = (folder / name for name in ("config.yaml", "rule.safetensors", "validation.png", RUN_FILE))
+    for path in (*files, *folder.glob("metrics*.csv"), *folder.glob(f".{RUN_FILE}.*.tmp")):
         path.unlink(missing_ok=True)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,6 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from l2l_scale.deploy.description import build_rule, classes_of, describe_rule
+from l2l_scale.files import write_atomically
 from l2l_scale.optimizers.base import UpdateRule
 
 FORMAT = "l2l_scale.rule"
@@ -60,7 +60,7 @@ def save_rule(rule: UpdateRule, path: str | Path, metadata: Mapping[str, Any] | 
         text = json.dumps(header)
     except (TypeError, ValueError) as error:
         raise ValueError(f"metadata ({metadata}) must hold JSON values only: {error}") from error
-    _write_atomically(Path(path), save(tensors, metadata={"header": text}))
+    write_atomically(Path(path), save(tensors, metadata={"header": text}))
     return Path(path)
 
 
@@ -142,20 +142,6 @@ def _digest(description: object, tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    """Write beside the file, flush to the disk, and rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _package_version() -> str:

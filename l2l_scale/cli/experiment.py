@@ -34,6 +34,7 @@ TRAINER_DEFAULTS = {
     "inference_mode": False,  # losses of held-out trajectories need the inner gradients
 }
 
+
 class Experiment(LightningCLI):
     """Parses a configuration and builds its objects; a command is a subclass that runs them.
 

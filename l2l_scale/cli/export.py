@@ -24,12 +24,16 @@ def run(arguments: list[str]) -> None:
         description="Write the rule of a checkpoint as one safetensors file, without pickle.",
     )
     parser.add_argument("-c", "--config", action="config", help="a YAML file with these options")
-    parser.add_argument("checkpoint", type=str, help="a run folder, for its best rule so far; or a checkpoint, for the rule as it was then")
+    parser.add_argument(
+        "checkpoint",
+        type=str,
+        help="a run folder, for its best rule so far; or a checkpoint, for the rule as it was then",
+    )
     parser.add_argument(
         "--out",
         type=str | None,
         default=None,
-        help="file to write; in the run folder if not given: rule.safetensors, or rule-CHECKPOINT.safetensors",
+        help="file to write; rule.safetensors or rule-CHECKPOINT.safetensors in the run folder if not given",
     )
     parser.add_argument(
         "--classes", type=list[str], default=[], help="your own classes that the rule is made of: [my.Rule]"

@@ -6,7 +6,6 @@ import json
 import signal
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -21,9 +20,10 @@ from l2l_scale.cli.experiment import Experiment
 from l2l_scale.cli.export import export_rule
 from l2l_scale.cli.loggers import all_loggers, ending, give_folder, log_rule, take_folder, wandb_runs
 from l2l_scale.cli.run_folder import choose_folder, empty, find_checkpoint, keep_metrics
-from l2l_scale.deploy import classes_of
 from l2l_scale.cli.stopping import stop_here
-from l2l_scale.training import Checkpoints, MetaStepBar, PaceReport, Stopped, TrajectoryMetrics
+from l2l_scale.deploy import classes_of
+from l2l_scale.files import write_atomically
+from l2l_scale.training import Checkpoints, MetaStepBar, PaceReport, Stopped, Trainer, TrajectoryMetrics
 from l2l_scale.training.checkpoints.shelf import LAST
 from l2l_scale.training.memory import Machine, check_memory
 from l2l_scale.training.precision import check_precision
@@ -47,7 +47,7 @@ class Fit(Experiment):
             "--ckpt_path",
             type=str | None,
             default=None,
-            help="resume from a checkpoint; 'last': from the last whole one of run_dir, or start fresh if none is",
+            help="resume from a checkpoint; 'last' is that of run_dir, or a fresh start where it has none",
         )
         parser.add_argument(
             "--check_memory", type=bool, default=True, help="refuse a run that cannot fit into memory"
@@ -67,7 +67,7 @@ class Fit(Experiment):
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(self.folder / "checkpoints")
 
-    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Lightning's trainer with our logger, what is configured besides, and our callbacks."""
         checkpoint = self.config.checkpoint
         self.run_state = RunStateFile(self.folder, checkpoint.monitor, checkpoint.mode)
@@ -78,6 +78,7 @@ class Fit(Experiment):
         kwargs["logger"] = all_loggers(self.config_init.trainer.logger, self.folder)
         kwargs["default_root_dir"] = self.config.trainer.default_root_dir or str(self.folder)
         trainer = super().instantiate_trainer(**kwargs)
+        assert isinstance(trainer, Trainer)
         # First of all: what other callbacks write or log at the start belongs to the new run.
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         callbacks.sort(key=lambda callback: not isinstance(callback, RunFolder))
@@ -102,7 +103,7 @@ class Fit(Experiment):
                     raise KeyboardInterrupt from stop
                 raise
             except Stopped as stop:
-                stop_here(stop, trainer, self.folder)
+                stop_here(stop, self.run_state, self.folder)
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a late one would kill a run that is complete
             if trainer.is_global_zero:
                 self.finish(time.perf_counter() - started)
@@ -130,7 +131,7 @@ class Fit(Experiment):
         config = self.saved_config()
         text = self.parser.dump(config, skip_none=False, skip_validation=True)
         write_atomically(self.folder / "config.yaml", text.encode())
-        self.trainer.texts["config.yaml"] = text
+        self.trainer.texts["config.yaml"] = text  # type: ignore[attr-defined]
 
     def headline(self) -> str:
         """What is about to run."""

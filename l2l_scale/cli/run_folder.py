@@ -31,10 +31,8 @@ def choose_folder(wish: str | None, name: str, resumes: bool, overwrite: bool) -
         )
     if rank > 0 and wish is not None:
         return Path(wish)  # rank 0 looks into it
-    if wish is None:
-        folder = Path("runs") / name if resumes else _fresh(Path("runs"), name)
-    else:
-        folder = Path(wish)
+    usual = Path("runs") / name if resumes else _fresh(Path("runs"), name)
+    folder = usual if wish is None else Path(wish)
     if folder.exists() and any(folder.iterdir()) and not resumes and not overwrite:
         raise ValueError(
             f"run_dir ({folder}) is not empty; resume it with --ckpt_path last, replace it with "

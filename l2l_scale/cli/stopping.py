@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-import lightning as L
-
 from l2l_scale.cli.run_folder import launched_by_lightning
 from l2l_scale.training import Reason, Stopped
+from l2l_scale.training.run_state import RunStateFile
 from l2l_scale.training.slurm_job import SlurmJob
 
 REQUEUED = 75
@@ -26,23 +25,29 @@ def exit_code(reason: Reason, in_slurm: bool) -> int:
     return 128 + _SIGNALS[reason]
 
 
-def stop_here(stop: Stopped, trainer: L.Trainer, folder: Path) -> NoReturn:
+def stop_here(stop: Stopped, record: RunStateFile, folder: Path) -> NoReturn:
     """Say what happened; let SLURM run the job again; exit.
 
-    A process that Lightning's launcher started exits with 0: it would take another code for an accident, and kill
-    the first one in the middle of this.
+    A process that Lightning's launcher started exits with 0: the first one would take another code for an
+    accident, and be killed in the middle of this.
     """
     for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # everything is saved: nothing more to be told
+        signal.signal(number, signal.SIG_IGN)  # everything is saved: there is nothing more to be told
     job = SlurmJob.current()
     code = exit_code(stop.reason, job is not None)
-    if trainer.is_global_zero:
+    if record.record is not None:  # rank 0
         print(stop)
-        again = f"l2l-scale fit -c {folder / 'config.yaml'} --ckpt_path last"
-        if job is None or code != REQUEUED:
-            print(f"to go on: {again}", flush=True)
-        elif job.requeue():  # the very last thing: SLURM now ends this job
-            print(f"job {job.id} is queued again, and will go on from here", flush=True)
-        else:
-            print(f"job {job.id} ({job.state()}) was not queued again by us; to go on: {again}", flush=True)
+        if job is None or code != REQUEUED or not _requeue(job, stop, record):
+            print(f"to go on: l2l-scale fit -c {folder / 'config.yaml'} --ckpt_path last", flush=True)
     sys.exit(0 if launched_by_lightning(os.environ) else code)
+
+
+def _requeue(job: SlurmJob, stop: Stopped, record: RunStateFile) -> bool:
+    """Queue a job again, which ends it: the very last thing. Whether that was done."""
+    record.end("requeued", stop.reason.text)
+    print(f"queueing job {job.id} again", flush=True)
+    if job.requeue():
+        return True
+    record.end("stopped", stop.reason.text)
+    print(f"job {job.id} (state {job.state()}) was not queued again by this process", flush=True)
+    return False

@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 from lightning.fabric.plugins import CheckpointIO
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
 from l2l_scale.training.checkpoints.store import CheckpointFolders, save_together
 
@@ -16,8 +16,8 @@ class Trainer(L.Trainer):
     """Lightning's trainer; the arguments are the same.
 
     ``save_checkpoint`` writes a folder (see :mod:`l2l_scale.training.checkpoints.folder`), each rank its own
-    slots, and ``ckpt_path`` takes one. Under SLURM Lightning's own signal handler, which saves in the middle of
-    a step, is off: see :class:`~l2l_scale.training.Preemption`.
+    slots, and ``ckpt_path`` takes one. Under SLURM Lightning's own signal handler, which saves in the middle
+    of a step, is off: :class:`~l2l_scale.training.Checkpoints` heeds signals at window boundaries.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, hold the tasks in flight of all ranks, and never execute anything."""
+"""Checkpoints that are there as a whole or not at all, with what all ranks have in flight."""
 
 from l2l_scale.training.checkpoints.callback import Checkpoints
 from l2l_scale.training.checkpoints.folder import DamagedError

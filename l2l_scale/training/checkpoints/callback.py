@@ -30,9 +30,9 @@ _RHYTHM = 10
 class Checkpoints(Checkpoint):
     """Writes checkpoints into the run folder, for a run that goes on as if it had never stopped.
 
-    One is written at the first validation after ``every_seconds``, or between validations after twice that time;
-    at the end; and when a run is stopped. When they are written changes
-    no result: the φ that was best in validation is kept in every one of them.
+    One is written at the first validation after ``every_seconds``, or between validations after twice that
+    time; at the end; and when the run is stopped. When that is changes no result: the φ that was best so
+    far in validation is in each of them.
 
     Args:
         monitor: the metric that chooses the best φ.
@@ -70,7 +70,11 @@ class Checkpoints(Checkpoint):
         if every_n_meta_steps is not None:
             check_count("every_n_meta_steps", every_n_meta_steps)
         self.monitor, self.sign = monitor, {"min": 1, "max": -1}[mode]
-        self.every_seconds, self.max_share, self.every_n_meta_steps = every_seconds, max_share, every_n_meta_steps
+        self.every_seconds, self.max_share, self.every_n_meta_steps = (
+            every_seconds,
+            max_share,
+            every_n_meta_steps,
+        )
         self.keep_last, self.keep_best = keep_last, keep_best
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.interruption = Interruption(SlurmJob.current()) if heed_signals else None
@@ -79,7 +83,7 @@ class Checkpoints(Checkpoint):
         self.values: dict[str, float] = {}
         """What the checkpoints that were written at a validation came to, by name."""
         self.spare: set[str] = set()
-        """Checkpoints that are newer than the one that the run was resumed from: damaged, or of another future."""
+        """Newer checkpoints than the one that the run was resumed from: damaged, or of another future."""
         self.seconds = 0.0
         """That the last one took."""
         self._began_at = 0.0
@@ -165,7 +169,7 @@ class Checkpoints(Checkpoint):
         return bool(most_of_all_ranks(module, int(passed)))
 
     def save(self, trainer: L.Trainer) -> Path:
-        """Collective. Write a checkpoint now, at a window boundary, and delete those that need not be kept."""
+        """Collective. Write a checkpoint now, at a window boundary; delete those that need not be kept."""
         started = time.monotonic()
         assert self.dirpath is not None
         path = self.dirpath / shelf.name_of(trainer.global_step)

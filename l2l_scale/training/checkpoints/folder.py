@@ -6,23 +6,26 @@
       slots-00000-of-00002.pt          the tasks in flight, one file for each rank that wrote
       config.yaml                      the configuration, if the trainer was given it
 
-It is written into ``.step-00000400.draft`` beside its place, flushed to the disk file by file, and renamed. The
-manifest is written last and has a checksum of its own. The ``.pt`` files hold tensors and plain types only and
+It is written into ``.step-00000400.draft`` beside its place, flushed to the disk file by file, and renamed.
+The manifest is written last and has a checksum of its own. The ``.pt`` files hold tensors and plain types and
 are read with ``weights_only``: nothing in a checkpoint is ever executed.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import torch
+
+from l2l_scale.files import write_atomically
 
 FORMAT = "l2l_scale.checkpoint"
 VERSION = 1
@@ -67,7 +70,7 @@ def write_tensors(path: Path, content: Any) -> Entry:
     with path.open("wb") as file:
         sink = _Hashed(file)
         try:
-            torch.save(content, sink)
+            torch.save(content, cast(IO[bytes], sink))
         except RuntimeError as error:  # torch's own complaint about a position, after write() failed
             raise (sink.error or error) from error
         file.flush()
@@ -78,10 +81,7 @@ def write_tensors(path: Path, content: Any) -> Entry:
 def write_text(path: Path, text: str) -> Entry:
     """Write a text to a file, flushed to the disk."""
     content = text.encode()
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    write_atomically(path, content)
     return Entry(len(content), hashlib.sha256(content).hexdigest())
 
 
@@ -155,8 +155,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise DamagedError(f"{path} is not a checkpoint of l2l_scale")
     if manifest.get("version", 0) > VERSION:
         raise DamagedError(
-            f"{path} has format version {manifest['version']}, and this l2l_scale knows up to {VERSION}; it was "
-            f"written by l2l_scale {manifest.get('versions', {}).get('l2l_scale')}: upgrade to that"
+            f"{path} has format version {manifest['version']}, and this l2l_scale knows up to {VERSION}; it "
+            f"was written by l2l_scale {manifest.get('versions', {}).get('l2l_scale')}: upgrade to that"
         )
     if manifest.pop("sha256", None) != _digest(manifest):
         raise DamagedError(f"{path / MANIFEST} is damaged (its checksum does not match)")
@@ -201,14 +201,16 @@ def read_tensors(path: Path, mapped: bool = False) -> Any:
         raise DamagedError(f"{path} cannot be read as tensors and plain types: {reason}") from error
 
 
-class _Hashed:
+class _Hashed(io.RawIOBase):
     """A file to write to that knows the checksum, and why writing failed."""
 
     def __init__(self, file: Any) -> None:
+        super().__init__()
         self.file, self.bytes, self.digest = file, 0, hashlib.sha256()
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
+        """Write, and take note."""
         try:
             self.file.write(data)
         except OSError as error:
@@ -217,9 +219,6 @@ class _Hashed:
         self.digest.update(data)
         self.bytes += len(data)
         return len(data)
-
-    def flush(self) -> None:
-        self.file.flush()
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:

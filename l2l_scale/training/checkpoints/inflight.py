@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 KEY = "l2l_scale"
 SLOTS = "slots"
-"""Below KEY: a list with what each rank had in flight, ``{family: {"first": its first slot, "leaves": [...]}}``."""
+"""Below KEY: what each rank had in flight, ``[{family: {"first": its first slot, "leaves": []}}, ...]``."""
 COUNTERS = ("next_window", "windows_lost", "num_diverged", "num_skipped")
 
 
@@ -58,8 +58,8 @@ def load(checkpoint: dict[str, Any], module: MetaTraining) -> None:
         difference = first_difference(saved.get(name), now, name)
         if difference:
             raise ValueError(
-                f"the checkpoint is one of another run: {difference}. Resume with the run's own config.yaml, or "
-                "start a new run without --ckpt_path"
+                f"the checkpoint is one of another run: {difference}. Resume with the run's own config.yaml, "
+                "or start a new run without --ckpt_path"
             )
     difference = first_difference(saved["trainer"], _describe_trainer(module), "trainer")
     if difference:

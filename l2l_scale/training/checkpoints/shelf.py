@@ -70,8 +70,8 @@ def last_whole(folder: Path, read: Callable[[Path], T], quiet: bool = False) -> 
             warnings.warn(f"{'; '.join(problems)}. Taking {path}, which is whole", stacklevel=2)
         return path, content
     raise DamagedError(
-        f"no checkpoint in {folder} is whole: {'; '.join(problems) or 'there is none'}. Start anew in another "
-        "run_dir, or with --overwrite true"
+        f"no checkpoint in {folder} is whole: {'; '.join(problems) or 'there is none'}. Start anew in "
+        "another run_dir, or with --overwrite true"
     )
 
 

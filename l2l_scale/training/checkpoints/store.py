@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
@@ -106,8 +105,8 @@ def _finish(content: Mapping[str, Any], path: Path, entries: Mapping[str, Entry]
     missing = [name for name in entries if not (files.draft_of(path) / name).exists()]
     if missing:
         raise OSError(
-            f"{', '.join(missing)} of other ranks cannot be seen from rank 0; run_dir must be on a file system "
-            "that all nodes share"
+            f"{', '.join(missing)} of other ranks cannot be seen from rank 0; run_dir must be on a file "
+            "system that all nodes share"
         )
     notes = {
         "serial": shelf.next_serial(path.parent),

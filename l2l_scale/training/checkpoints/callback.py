@@ -105,15 +105,30 @@ class Checkpoints(Checkpoint):
             self.interruption.job = None  # one rank is enough to ask SLURM when the job ends
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock, and take over the signals: Lightning has put its own handlers there by now."""
+        """Start the clock, and take over the signals: Lightning has put its own handlers there by now.
+
+        Raises:
+            ValueError: if there would never be a moment to write one.
+        """
+        if trainer.num_training_batches <= trainer.accumulate_grad_batches and not trainer.enable_validation:
+            raise ValueError(
+                f"data.windows_per_epoch ({trainer.num_training_batches}) must be more than one meta-step where"
+                " there is no validation (trainer.limit_val_batches): checkpoints are written between the "
+                "meta-steps of an epoch, or after a validation"
+            )
         self._began_at = time.monotonic()
         if self.interruption is not None:
             self.interruption.install()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Collective. Write one if it is time, or if the run is to stop."""
-        # After the last window of an epoch a validation comes first: Lightning would not make up for it.
-        if not trainer.fit_loop.epoch_loop._should_accumulate() and not _is_last_of_epoch(trainer):
+        loop = trainer.fit_loop.epoch_loop
+        fetcher = trainer.fit_loop._data_fetcher
+        assert fetcher is not None
+        # Where a validation is next, a run that goes on from here would leave it out; at the end of an epoch
+        # Lightning would count the epoch twice. Then there is a boundary soon after.
+        skip = loop._should_check_val_fx(fetcher) or loop.batch_progress.is_last_batch
+        if not loop._should_accumulate() and not skip:
             self._at_boundary(trainer, pl_module, intervals=2)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -122,11 +137,6 @@ class Checkpoints(Checkpoint):
             return
         self._validated = (trainer.global_step, self._value(trainer, pl_module))
         self._at_boundary(trainer, pl_module, intervals=1)
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Collective. The same at the end of an epoch without a validation."""
-        if self._validated is None or self._validated[0] != trainer.global_step:
-            self._at_boundary(trainer, pl_module, intervals=1)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Collective. Write the last state of the run."""
@@ -226,10 +236,6 @@ class Checkpoints(Checkpoint):
         self.values = {name: value for name, value in self.values.items() if name in names}
         best = sorted(self.values, key=lambda name: self.sign * self.values[name])[: self.keep_best]
         return {*names[-self.keep_last :], *best}
-
-
-def _is_last_of_epoch(trainer: L.Trainer) -> bool:
-    return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
 
 
 def _copy(leaf: Any) -> Any:

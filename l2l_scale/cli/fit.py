@@ -106,8 +106,19 @@ class Fit(Experiment):
                 stop_here(stop, self.run_state, self.folder)
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a late one would kill a run that is complete
             if trainer.is_global_zero:
+                if self.run_state.record is None:  # nothing was left to train: it was killed at its very end
+                    self.begin()
+                    self.run_state.on_train_start(trainer, self.model)
                 self.finish(time.perf_counter() - started)
             self.run_state.end("finished")
+
+    def begin(self) -> None:
+        """Make room where that was asked for, write the configuration, and say what is about to run."""
+        if self.config.overwrite:
+            empty(self.folder)
+        self.save_config()
+        print(self.headline(), flush=True)
+        self.begin_logging()
 
     def begin_logging(self) -> None:
         """Start the runs of W&B, now that it is sure that there will be something to log."""
@@ -184,12 +195,8 @@ class RunFolder(Callback):
 
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Make room where that was asked for, write the configuration, and say what is about to run."""
-        if self.fit.config.overwrite:
-            empty(self.fit.folder)
-        self.fit.save_config()
-        print(self.fit.headline(), flush=True)
-        self.fit.begin_logging()
+        """Begin the run."""
+        self.fit.begin()
 
 
 def check_rhythm(max_steps: int, windows_per_epoch: int, windows_per_step: int) -> None:

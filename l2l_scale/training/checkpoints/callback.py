@@ -112,9 +112,9 @@ class Checkpoints(Checkpoint):
         """
         if trainer.num_training_batches <= trainer.accumulate_grad_batches and not trainer.enable_validation:
             raise ValueError(
-                f"data.windows_per_epoch ({trainer.num_training_batches}) must be more than one meta-step "
-                "where there is no validation (trainer.limit_val_batches): checkpoints are written between the "
-                "meta-steps of an epoch, or after a validation"
+                f"data.windows_per_epoch ({trainer.num_training_batches}) must be more than one "
+                "meta-step where there is no validation (trainer.limit_val_batches): checkpoints are written "
+                "between the meta-steps of an epoch, or after a validation"
             )
         self._began_at = time.monotonic()
         if self.interruption is not None:

@@ -106,7 +106,9 @@ def read_record(folder: Path) -> RunRecord:
         _check(content["best"], _BEST_TYPES)
     if content["state"] not in get_args(State):
         raise ValueError(f"state ({content['state']}) must be one of {', '.join(get_args(State))}")
-    age(content["started"]), age(content["updated"])
+    for key in ("started", "updated"):
+        if datetime.fromisoformat(content[key]).tzinfo is None:
+            raise ValueError(f"{key} ({content[key]}) must say its time zone")
     return cast(RunRecord, content)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import re
 import shlex
@@ -159,7 +160,7 @@ def _from_metrics(folder: Path, monitor: str | None, mode: str) -> tuple[int | N
         with suppress(OSError, ValueError, csv.Error), path.open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 steps.append(int(row["step"]))
-                if monitor and row.get(monitor):
+                if monitor and row.get(monitor) and math.isfinite(float(row[monitor])):
                     values.append((float(row[monitor]), steps[-1]))
     best = None
     if monitor and values:

@@ -13,8 +13,6 @@ from typing import Any, Literal, TypeAlias, TypedDict, cast, get_args
 
 import psutil
 
-from l2l_scale.files import write_atomically
-
 RUN_FILE = "run.json"
 HEARTBEAT = 30.0
 """Seconds after which a running run writes its file again, at the next window."""
@@ -81,16 +79,6 @@ def now() -> str:
 def age(moment: str) -> float:
     """Seconds since a time that :func:`now` wrote; never below 0, clocks differ between hosts."""
     return max(0.0, (datetime.now(timezone.utc) - datetime.fromisoformat(moment)).total_seconds())
-
-
-def write_record(folder: Path, record: RunRecord, durable: bool) -> None:
-    """Write ``run.json``; ``durable`` as in :func:`~l2l_scale.files.write_atomically`.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
-    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(folder / RUN_FILE, text.encode(), durable)
 
 
 def read_record(folder: Path) -> RunRecord:

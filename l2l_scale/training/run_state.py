@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -20,7 +21,8 @@ import psutil
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from l2l_scale.run_record import HEARTBEAT, RUN_FILE, Best, RunRecord, State, now, read_record, write_record
+from l2l_scale.files import write_atomically
+from l2l_scale.run_record import HEARTBEAT, RUN_FILE, Best, RunRecord, State, now, read_record
 
 
 class RunStateFile(Callback):
@@ -164,6 +166,16 @@ class RunStateFile(Callback):
             if not self.complained:
                 print(f"{self.folder / RUN_FILE} cannot be written ({error}); training goes on", flush=True)
             self.complained = True
+
+
+def write_record(folder: Path, record: RunRecord, durable: bool) -> None:
+    """Write ``run.json``; ``durable`` as in :func:`~l2l_scale.files.write_atomically`.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(folder / RUN_FILE, text.encode(), durable)
 
 
 def slurm_job(environment: Mapping[str, str]) -> str | None:

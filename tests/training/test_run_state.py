@@ -12,11 +12,17 @@ from test_meta_training import Stop, fit
 
 from l2l_scale import run_record
 from l2l_scale.files import write_atomically
-from l2l_scale.run_record import RUN_FILE, is_alive, read_record, write_record
+from l2l_scale.run_record import RUN_FILE, is_alive, read_record
 from l2l_scale.training import run_state
-from l2l_scale.training.run_state import RunStateFile, slurm_job, slurm_log
+from l2l_scale.training.run_state import RunStateFile, slurm_job, slurm_log, write_record
 
 MONITOR = "valid/sum"
+
+
+@pytest.fixture(autouse=True)
+def _outside_of_slurm(monkeypatch):
+    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(name, raising=False)
 
 
 class Raises(Callback):
@@ -57,8 +63,7 @@ def train(folder, max_steps=8, callbacks=(), mode="min", monitor=MONITOR, **kwar
     return state
 
 
-def test_says_who_runs_and_how_far_it_is(tmp_path, monkeypatch):
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+def test_says_who_runs_and_how_far_it_is(tmp_path):
     state = train(tmp_path, 8)
     record = read_record(tmp_path)
     assert (record["state"], record["meta_step"], record["max_steps"], record["starts"]) == (

@@ -33,6 +33,9 @@ class Channel(IntEnum):
     ARCHITECTURE = 5
 
 
+STREAM_FORMAT = 1
+"""Changes when the same keys and counters give other numbers: a run cannot be resumed across it."""
+
 _CHANNELS = 1 << 8  # room for more channels without moving a split's streams
 
 

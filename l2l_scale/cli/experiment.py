@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse.typing import PositiveInt
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from l2l_scale.cli.errors import suggestion
 from l2l_scale.evaluation import Evaluation
-from l2l_scale.training import MetaTraining, WindowData
+from l2l_scale.training import Checkpoints, MetaTraining, Trainer, WindowData
 
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of Lightning's calls, not of ours
 
@@ -33,14 +32,6 @@ TRAINER_DEFAULTS = {
     "enable_model_summary": False,
     "gradient_clip_val": 1.0,
     "inference_mode": False,  # losses of held-out trajectories need the inner gradients
-}
-CHECKPOINT_DEFAULTS = {
-    "checkpoint.monitor": "valid/sum",
-    "checkpoint.mode": "min",
-    "checkpoint.filename": "best",
-    "checkpoint.save_last": True,
-    "checkpoint.enable_version_counter": False,
-    "checkpoint.auto_insert_metric_name": False,
 }
 
 
@@ -62,6 +53,7 @@ class Experiment(LightningCLI):
         super().__init__(
             MetaTraining,
             WindowData,
+            trainer_class=Trainer,
             save_config_callback=None,
             trainer_defaults=dict(TRAINER_DEFAULTS),
             seed_everything_default=0,
@@ -78,8 +70,7 @@ class Experiment(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what is ours to Lightning's groups, and tie together what must be the same."""
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults(CHECKPOINT_DEFAULTS)
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.add_class_arguments(Evaluation, "evaluation")
         parser.link_arguments("data.family", "model.family", apply_on="instantiate")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pydoc import locate
 from typing import Any
 
-import torch
 from jsonargparse import ArgumentParser
 
 from l2l_scale.deploy import build_rule, load_rule, read_header, save_rule
 from l2l_scale.optimizers import UpdateRule
-from l2l_scale.training.checkpoint import KEY
+from l2l_scale.training.checkpoints.callback import STATE_KEY
+from l2l_scale.training.checkpoints.folder import TRAINING, check_file, read_manifest, read_tensors
+from l2l_scale.training.checkpoints.inflight import KEY
+from l2l_scale.training.checkpoints.shelf import LAST, last_whole
 
 
 def run(arguments: list[str]) -> None:
@@ -23,22 +24,28 @@ def run(arguments: list[str]) -> None:
         description="Write the rule of a checkpoint as one safetensors file, without pickle.",
     )
     parser.add_argument("-c", "--config", action="config", help="a YAML file with these options")
-    parser.add_argument("checkpoint", type=str, help="a checkpoint, or a run folder (then its best one)")
     parser.add_argument(
-        "--out", type=str | None, default=None, help="file to write; rule.safetensors of the run if not given"
+        "checkpoint",
+        type=str,
+        help="a run folder, for its best rule so far; or a checkpoint, for the rule as it was then",
+    )
+    parser.add_argument(
+        "--out",
+        type=str | None,
+        default=None,
+        help="file to write; rule.safetensors or rule-CHECKPOINT.safetensors in the run folder if not given",
     )
     parser.add_argument(
         "--classes", type=list[str], default=[], help="your own classes that the rule is made of: [my.Rule]"
     )
     config = parser.parse_args(arguments)
-    checkpoint = Path(config.checkpoint)
-    if checkpoint.is_dir():
-        checkpoint = checkpoint / "checkpoints" / "best.ckpt"
-    default = checkpoint.with_suffix(".safetensors")
-    if checkpoint.parent.name == "checkpoints":
-        default = checkpoint.parent.parent / "rule.safetensors"
-    classes = [find_class(name) for name in config.classes]
-    print(export_rule(checkpoint, Path(config.out) if config.out else default, classes))
+    given, classes = Path(config.checkpoint), [find_class(name) for name in config.classes]
+    if (given / "checkpoints").is_dir():
+        out, source, best = given / "rule.safetensors", given / "checkpoints" / LAST, True
+    else:
+        run_folder = given.parent.parent if given.parent.name == "checkpoints" else given.parent
+        out, source, best = run_folder / f"rule-{given.name}.safetensors", given, False
+    print(export_rule(source, Path(config.out) if config.out else out, classes, best=best))
 
 
 def find_class(path: str) -> type:
@@ -55,61 +62,71 @@ def find_class(path: str) -> type:
     return found
 
 
-def export_rule(checkpoint: Path, out: Path, classes: Sequence[type] = ()) -> Path:
+def export_rule(checkpoint: Path, out: Path, classes: Sequence[type] = (), best: bool = False) -> Path:
     """Write the rule of a checkpoint to ``out``; ``classes`` as in :func:`read_rule`.
+
+    Args:
+        checkpoint: its folder.
+        out: the file to write.
+        classes: what the checkpoint may name besides the package's own classes.
+        best: not the rule as it was then, but the one that had been best in validation by then.
 
     Raises:
         ValueError: if there is no such checkpoint, or it is not one of ours.
     """
     content = read_checkpoint(checkpoint)
-    saved = content[KEY]
-    notes = {
-        "family": saved["family"],
-        "meta_steps": content["global_step"],
-    }
-    return save_rule(rule_of(content, classes), out, metadata=notes)
+    chosen = content["callbacks"].get(STATE_KEY, {}).get("best") if best else None
+    chosen = chosen or {"phi": content["state_dict"], "meta_step": content["global_step"]}
+    notes = {"family": content[KEY]["family"], "meta_steps": chosen["meta_step"]}
+    return save_rule(build(content, chosen["phi"], classes), out, metadata=notes)
 
 
 def read_rule(path: Path, classes: Sequence[type] = ()) -> UpdateRule:
     """The rule in an exported file or in a checkpoint, whichever ``path`` is.
 
     Args:
-        path: the file.
-        classes: what the file may name besides the package's own classes.
+        path: the file, or the checkpoint's folder.
+        classes: what it may name besides the package's own classes.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if there is nothing.
         ValueError: if it is neither.
     """
-    return rule_of(read_checkpoint(path), classes) if path.suffix == ".ckpt" else load_rule(path, classes)
+    if path.is_dir():
+        content = read_checkpoint(path)
+        return build(content, content["state_dict"], classes)
+    return load_rule(path, classes)
 
 
 def meta_steps_of(path: Path) -> int | None:
     """After how many meta-steps a rule's file was written; None if it does not say."""
-    if path.suffix == ".ckpt":
-        return int(read_checkpoint(path)["global_step"])
+    if path.is_dir():
+        return int(read_manifest(path)["meta_step"])
     steps = read_header(path)["metadata"].get("meta_steps")
     return steps if isinstance(steps, int) else None
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's content; nothing in it is executed.
+    """What a checkpoint holds besides the tasks in flight; nothing in it is executed.
+
+    Args:
+        path: its folder; ``…/last`` is the last one that is whole.
 
     Raises:
-        ValueError: if there is no such file, it is damaged, or it is not one of ours.
+        ValueError: if there is no such checkpoint, it is damaged, or it is not one of ours.
     """
-    if not path.is_file():
+    if path.name == LAST:
+        return last_whole(path.parent, read_checkpoint)[1]
+    if not path.exists():
         raise ValueError(f"there is no checkpoint {path}; run folders keep theirs in checkpoints/")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, dict) or KEY not in content:
+    check_file(path, TRAINING, read_manifest(path))
+    content: dict[str, Any] = read_tensors(path / TRAINING)
+    if KEY not in content:
         raise ValueError(f"{path} was not written by l2l-scale fit")
     return content
 
 
-def rule_of(content: dict[str, Any], classes: Sequence[type] = ()) -> UpdateRule:
-    """Build the rule that a checkpoint holds."""
-    weights = {name.removeprefix("rule."): value for name, value in content["state_dict"].items()}
+def build(content: dict[str, Any], phi: Mapping[str, Any], classes: Sequence[type] = ()) -> UpdateRule:
+    """Build the rule that a checkpoint describes, with this φ of the module."""
+    weights = {name.removeprefix("rule."): value for name, value in phi.items()}
     return build_rule(content[KEY]["rule"], weights, classes)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -20,8 +20,11 @@ from l2l_scale.cli.experiment import Experiment
 from l2l_scale.cli.export import export_rule
 from l2l_scale.cli.loggers import all_loggers, ending, give_folder, log_rule, take_folder, wandb_runs
 from l2l_scale.cli.run_folder import choose_folder, empty, find_checkpoint, keep_metrics
+from l2l_scale.cli.stopping import stop_here
 from l2l_scale.deploy import classes_of
-from l2l_scale.training import MetaStepBar, PaceReport, TrajectoryMetrics
+from l2l_scale.files import write_atomically
+from l2l_scale.training import Checkpoints, MetaStepBar, PaceReport, Stopped, Trainer, TrajectoryMetrics
+from l2l_scale.training.checkpoints.shelf import LAST
 from l2l_scale.training.memory import Machine, check_memory
 from l2l_scale.training.precision import check_precision
 from l2l_scale.training.run_state import RunStateFile
@@ -44,7 +47,7 @@ class Fit(Experiment):
             "--ckpt_path",
             type=str | None,
             default=None,
-            help="resume from a checkpoint, or the 'last' of run_dir",
+            help="resume from a checkpoint; 'last' is that of run_dir, or a fresh start where it has none",
         )
         parser.add_argument(
             "--check_memory", type=bool, default=True, help="refuse a run that cannot fit into memory"
@@ -64,7 +67,7 @@ class Fit(Experiment):
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(self.folder / "checkpoints")
 
-    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Lightning's trainer with our logger, what is configured besides, and our callbacks."""
         checkpoint = self.config.checkpoint
         self.run_state = RunStateFile(self.folder, checkpoint.monitor, checkpoint.mode)
@@ -75,6 +78,7 @@ class Fit(Experiment):
         kwargs["logger"] = all_loggers(self.config_init.trainer.logger, self.folder)
         kwargs["default_root_dir"] = self.config.trainer.default_root_dir or str(self.folder)
         trainer = super().instantiate_trainer(**kwargs)
+        assert isinstance(trainer, Trainer)
         # First of all: what other callbacks write or log at the start belongs to the new run.
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         callbacks.sort(key=lambda callback: not isinstance(callback, RunFolder))
@@ -94,13 +98,13 @@ class Fit(Experiment):
         with ending(trainer.loggers), self.run_state:
             try:
                 trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.ckpt_path)
-            except SystemExit as stop:  # Lightning's answer to Ctrl-C
+            except SystemExit as stop:  # Lightning's answer to a second Ctrl-C
                 if trainer.interrupted:
-                    config = self.folder / "config.yaml"
-                    if trainer.is_global_zero:
-                        print(f"stopped; to go on: l2l-scale fit -c {config} --ckpt_path last")
                     raise KeyboardInterrupt from stop
                 raise
+            except Stopped as stop:
+                stop_here(stop, self.run_state, self.folder)
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a late one would kill a run that is complete
             if trainer.is_global_zero:
                 self.finish(time.perf_counter() - started)
             self.run_state.end("finished")
@@ -126,7 +130,8 @@ class Fit(Experiment):
         """Write the configuration into the run folder."""
         config = self.saved_config()
         text = self.parser.dump(config, skip_none=False, skip_validation=True)
-        (self.folder / "config.yaml").write_text(text, encoding="utf-8")
+        write_atomically(self.folder / "config.yaml", text.encode())
+        self.trainer.texts["config.yaml"] = text  # type: ignore[attr-defined]
 
     def headline(self) -> str:
         """What is about to run."""
@@ -159,13 +164,13 @@ class Fit(Experiment):
 
     def finish(self, seconds: float) -> None:
         """Export the best rule and say where everything is."""
-        checkpoints = self.trainer.checkpoint_callback
-        best = Path(str(getattr(checkpoints, "best_model_path", "")))
         print(f"meta-training took {seconds:.0f} s ({self.trainer.global_step:,} meta-steps)")
-        if not best.is_file():
-            print("no checkpoint was written (no validation came, or trainer.enable_checkpointing is false)")
+        checkpoints = self.trainer.checkpoint_callback
+        if not isinstance(checkpoints, Checkpoints) or checkpoints.dirpath is None:
+            print("no checkpoint was written (trainer.enable_checkpointing is false)")
             return
-        rule = export_rule(best, self.folder / "rule.safetensors", classes_of(self.model.rule))
+        out, classes = self.folder / "rule.safetensors", classes_of(self.model.rule)
+        rule = export_rule(checkpoints.dirpath / LAST, out, classes, best=True)
         log_rule(self.trainer.loggers, rule)
         print(f"best rule by {self.config.checkpoint.monitor}: {rule}")
         print(f"next: l2l-scale evaluate -c {self.folder / 'config.yaml'}")
@@ -188,7 +193,7 @@ class RunFolder(Callback):
 
 
 def check_rhythm(max_steps: int, windows_per_epoch: int, windows_per_step: int) -> None:
-    """Checkpoints are written at the ends of epochs, so a run must end with one.
+    """Validation comes at the ends of epochs, so a run must end with one.
 
     Raises:
         ValueError: if meta-steps would be left over.
@@ -203,7 +208,7 @@ def check_rhythm(max_steps: int, windows_per_epoch: int, windows_per_step: int) 
         of = "data.windows_per_epoch" + (" / accumulate_grad_batches" if windows_per_step > 1 else "")
         raise ValueError(
             f"trainer.max_steps ({max_steps}) must be a multiple of {of} "
-            f"({steps}), or the last meta-steps would be in no checkpoint; "
+            f"({steps}), or the last meta-steps would not be validated; "
             f"{max(max_steps // steps, 1) * steps} is one"
         )
 

@@ -21,7 +21,7 @@ def choose_folder(wish: str | None, name: str, resumes: bool, overwrite: bool) -
     """
     if resumes and overwrite:
         raise ValueError("overwrite (true) would delete the run that ckpt_path resumes; give one of them")
-    if RUN_DIR_VARIABLE in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
+    if launched_by_lightning(os.environ):
         return Path(os.environ[RUN_DIR_VARIABLE])
     rank, ranks = _started_by_others(os.environ)
     if ranks > 1 and wish is None:
@@ -31,7 +31,8 @@ def choose_folder(wish: str | None, name: str, resumes: bool, overwrite: bool) -
         )
     if rank > 0 and wish is not None:
         return Path(wish)  # rank 0 looks into it
-    folder = Path(wish) if wish else _fresh(Path("runs"), name)
+    usual = Path("runs") / name if resumes else _fresh(Path("runs"), name)
+    folder = usual if wish is None else Path(wish)
     if folder.exists() and any(folder.iterdir()) and not resumes and not overwrite:
         raise ValueError(
             f"run_dir ({folder}) is not empty; resume it with --ckpt_path last, replace it with "
@@ -39,6 +40,11 @@ def choose_folder(wish: str | None, name: str, resumes: bool, overwrite: bool) -
         )
     os.environ[RUN_DIR_VARIABLE] = str(folder)
     return folder
+
+
+def launched_by_lightning(environment: Mapping[str, str]) -> bool:
+    """Whether this is one of the further processes that Lightning started for more devices."""
+    return RUN_DIR_VARIABLE in environment and environment.get("LOCAL_RANK", "0") != "0"
 
 
 def _started_by_others(environment: Mapping[str, str]) -> tuple[int, int]:
@@ -76,16 +82,23 @@ def _fresh(parent: Path, name: str) -> Path:
 
 
 def find_checkpoint(wish: str | None, folder: Path) -> str | None:
-    """The checkpoint to resume from.
+    """The checkpoint to resume from; None if there is nothing to resume.
+
+    Args:
+        wish: a checkpoint, or "last": that of the run folder, or a fresh start where it has none.
+        folder: the run folder.
 
     Raises:
         ValueError: if it does not exist.
     """
+    from l2l_scale.training.checkpoints.shelf import LAST, has_checkpoint
+
     if wish is None:
         return None
-    path = folder / "checkpoints" / "last.ckpt" if wish == "last" else Path(wish)
-    if not path.is_file():
+    if wish == LAST:
+        return str(folder / "checkpoints" / LAST) if has_checkpoint(folder / "checkpoints") else None
+    if not Path(wish).exists():
         raise ValueError(
-            f"ckpt_path ({wish}): there is no checkpoint {path}; run folders keep theirs in checkpoints/"
+            f"ckpt_path ({wish}): there is no such checkpoint; run folders keep theirs in checkpoints/"
         )
-    return str(path)
+    return wish

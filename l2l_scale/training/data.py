@@ -9,7 +9,7 @@ import lightning as L
 from l2l_scale.checks import check_count
 from l2l_scale.deploy import describe_rule
 from l2l_scale.optimizers import UpdateRule
-from l2l_scale.rng import Split
+from l2l_scale.rng import STREAM_FORMAT, Split
 from l2l_scale.sampling import (
     Curriculum,
     FixedWindows,
@@ -144,4 +144,6 @@ class WindowData(L.LightningDataModule):
             "teacher": None if self.teacher is None else describe_rule(self.teacher.rule),
             "slots": self.slots,
             "seed": self.seed,
+            "windows_per_epoch": self.windows_per_epoch,
+            "stream_format": STREAM_FORMAT,
         }

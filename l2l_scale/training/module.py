@@ -18,7 +18,7 @@ from l2l_scale.optimizers.backend import Accelerated, Backend, accelerate, check
 from l2l_scale.rng import Split
 from l2l_scale.sampling import Batch
 from l2l_scale.tasks import CompiledFamily, MixedPrecision, Mixture, TaskFamily
-from l2l_scale.training import checkpoint as inflight
+from l2l_scale.training.checkpoints import inflight
 from l2l_scale.training.data import WindowData
 from l2l_scale.training.meta_optimizer import adam_along_a_cosine
 from l2l_scale.training.precision import check_precision, full_precision
@@ -223,8 +223,12 @@ class MetaTraining(L.LightningModule):
         for name, value in validation_metrics(curves, self.mixture.weights).items():
             self.log(name, value, prog_bar=name == "valid/final")
 
+    def describe(self) -> dict[str, Any]:
+        """What a run can only be resumed with, besides the rule and the data."""
+        return {"learning_rate": self.learning_rate, "estimator": type(self.estimator).__name__}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Collective. Add the in-flight state of all ranks' slots, and what the rule is."""
+        """Add what this rank has in flight, and what the run is."""
         inflight.save(checkpoint, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What ranks do together: gather slots, and make sure that they train the same rule."""
+"""What ranks do together: gather losses, agree, and make sure that they train the same rule."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from l2l_scale.training.data import WindowData
-from l2l_scale.tree import tree_map
-from l2l_scale.unroll import Carry
 
 
 def world_size(module: L.LightningModule) -> int:
@@ -32,30 +30,6 @@ def _all_gather(own: Tensor) -> list[Tensor]:
     everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, own.contiguous())
     return everyone
-
-
-def gather_carries(module: L.LightningModule, carries: dict[str, Carry]) -> dict[str, Carry] | None:
-    """Collective. The slots of every family, of all ranks, in global order; None but on rank 0, which writes.
-
-    On the CPU. A rank that has no slots of a family contributes none, so shapes may differ between ranks.
-    """
-    if world_size(module) == 1:
-        return carries
-    own = {name: tree_map(lambda leaf: leaf.cpu(), carry) for name, carry in carries.items()}
-    everyone: list[dict[str, Carry] | None] | None = None
-    if module.trainer.global_rank == 0:
-        everyone = [None] * module.trainer.world_size
-    dist.gather_object(own, everyone)
-    if everyone is None:
-        return None
-    parts = [part for part in everyone if part is not None]
-    names = dict.fromkeys(name for part in parts for name in part)
-    return {name: _join([part[name] for part in parts if name in part]) for name in names}
-
-
-def _join(carries: list[Carry]) -> Carry:
-    joined: Carry = tree_map(lambda *leaves: torch.cat(leaves), carries[0], *carries[1:])
-    return joined
 
 
 def most_of_all_ranks(module: L.LightningModule, count: int) -> int:

@@ -23,6 +23,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from l2l_scale.files import write_atomically
 from l2l_scale.run_record import HEARTBEAT, RUN_FILE, Best, RunRecord, State, now, read_record
+from l2l_scale.training.preemption import Stopped
 
 
 class RunStateFile(Callback):
@@ -130,7 +131,9 @@ class RunStateFile(Callback):
 
     def _fail(self, error: BaseException) -> None:
         """End as failed; who was interrupted has not failed."""
-        if isinstance(error, KeyboardInterrupt | SIGTERMException):
+        if isinstance(error, Stopped):
+            self.end("stopped", error.reason.text)
+        elif isinstance(error, KeyboardInterrupt | SIGTERMException):
             self.end("stopped", "Ctrl-C" if isinstance(error, KeyboardInterrupt) else "SIGTERM")
         else:
             self.end("failed", shorten(str(error) or type(error).__name__, 500, placeholder=" …"))

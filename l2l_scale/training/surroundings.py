@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
@@ -14,6 +15,7 @@ GIT_SECONDS = 5.0
 """How long git may take; on a network file system a big repository can be slow."""
 
 
+@cache
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that are installed."""
     found = {"python": platform.python_version()}

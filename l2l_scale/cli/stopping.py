@@ -1,0 +1,53 @@
+"""The end of a run that was stopped: what is said, whether it is queued again, and its exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from l2l_scale.cli.run_folder import launched_by_lightning
+from l2l_scale.training import Reason, Stopped
+from l2l_scale.training.run_state import RunStateFile
+from l2l_scale.training.slurm_job import SlurmJob
+
+REQUEUED = 75
+"""Exit code of a run that was saved and goes on later by itself (EX_TEMPFAIL)."""
+_SIGNALS = {Reason.INTERRUPT: signal.SIGINT, Reason.USR1: signal.SIGUSR1, Reason.TERM: signal.SIGTERM}
+
+
+def exit_code(reason: Reason, in_slurm: bool) -> int:
+    """128 + signal, as shells have it; 75 where SLURM lets the run go on."""
+    if reason is Reason.TIME_LIMIT or (in_slurm and reason is not Reason.INTERRUPT):
+        return REQUEUED
+    return 128 + _SIGNALS[reason]
+
+
+def stop_here(stop: Stopped, record: RunStateFile, folder: Path) -> NoReturn:
+    """Say what happened; let SLURM run the job again; exit.
+
+    A process that Lightning's launcher started exits with 0: the first one would take another code for an
+    accident, and be killed in the middle of this.
+    """
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # everything is saved: there is nothing more to be told
+    job = SlurmJob.current()
+    code = exit_code(stop.reason, job is not None)
+    if record.record is not None:  # rank 0
+        print(stop)
+        if job is None or code != REQUEUED or not _requeue(job, stop, record):
+            print(f"to go on: l2l-scale fit -c {folder / 'config.yaml'} --ckpt_path last", flush=True)
+    sys.exit(0 if launched_by_lightning(os.environ) else code)
+
+
+def _requeue(job: SlurmJob, stop: Stopped, record: RunStateFile) -> bool:
+    """Queue a job again, which ends it: the very last thing. Whether that was done."""
+    record.end("requeued", stop.reason.text)
+    print(f"queueing job {job.id} again", flush=True)
+    if job.requeue():
+        return True
+    record.end("stopped", stop.reason.text)
+    print(f"job {job.id} (state {job.state()}) was not queued again by this process", flush=True)
+    return False

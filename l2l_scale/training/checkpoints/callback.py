@@ -1,0 +1,242 @@
+"""When a checkpoint is written, which ones are kept, and the best φ so far."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
+
+from l2l_scale.checks import check_count, check_range
+from l2l_scale.training.checkpoints import shelf
+from l2l_scale.training.checkpoints.folder import tidy
+from l2l_scale.training.checkpoints.inflight import KEY
+from l2l_scale.training.checkpoints.store import LOADED_FROM
+from l2l_scale.training.preemption import Interruption, Reason, Stopped
+from l2l_scale.training.ranks import most_of_all_ranks
+from l2l_scale.training.slurm_job import SlurmJob
+from l2l_scale.tree import tree_map
+
+STATE_KEY = "Checkpoints"
+"""Where Lightning keeps this callback's state in a checkpoint."""
+_RHYTHM = 10
+"""Between validations ranks agree every so many meta-steps whether it is time."""
+
+
+class Checkpoints(Checkpoint):
+    """Writes checkpoints into the run folder, for a run that goes on as if it had never stopped.
+
+    One is written at the first validation after ``every_seconds``, or between validations after twice that
+    time; at the end; and when the run is stopped. When that is changes no result: the φ that was best so
+    far in validation is in each of them.
+
+    Args:
+        monitor: the metric that chooses the best φ.
+        mode: whether less or more of it is better.
+        every_seconds: time between checkpoints.
+        max_share: of the training time that writing may take; where it is slow there are fewer.
+        every_n_meta_steps: write after so many meta-steps instead, however long they take.
+        keep_last: how many of the last ones to keep; with 2 there is one to fall back to.
+        keep_best: how many of those that were best in validation to keep besides.
+        dirpath: folder of the checkpoints; ``checkpoints`` in the run folder if not given.
+        heed_signals: stop with a checkpoint and :class:`~l2l_scale.training.Stopped` after Ctrl-C, SIGTERM,
+            SIGUSR1, and before the time limit of a SLURM job.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    def __init__(
+        self,
+        monitor: str = "valid/sum",
+        mode: Literal["min", "max"] = "min",
+        every_seconds: float = 30.0,
+        max_share: float = 0.01,
+        every_n_meta_steps: int | None = None,
+        keep_last: int = 2,
+        keep_best: int = 1,
+        dirpath: str | None = None,
+        heed_signals: bool = True,
+    ) -> None:
+        check_range("every_seconds", every_seconds, 0, math.inf)
+        check_range("max_share", max_share, 1e-6, 1)
+        check_count("keep_last", keep_last)
+        if keep_best != 0:
+            check_count("keep_best", keep_best)
+        if every_n_meta_steps is not None:
+            check_count("every_n_meta_steps", every_n_meta_steps)
+        self.monitor, self.sign = monitor, {"min": 1, "max": -1}[mode]
+        self.every_seconds, self.max_share, self.every_n_meta_steps = (
+            every_seconds,
+            max_share,
+            every_n_meta_steps,
+        )
+        self.keep_last, self.keep_best = keep_last, keep_best
+        self.dirpath = None if dirpath is None else Path(dirpath)
+        self.interruption = Interruption(SlurmJob.current()) if heed_signals else None
+        self.best: dict[str, Any] | None = None
+        """{"value", "meta_step", "phi": the module's state_dict} of the best validation so far."""
+        self.values: dict[str, float] = {}
+        """What the checkpoints that were written at a validation came to, by name."""
+        self.spare: set[str] = set()
+        """Newer checkpoints than the one that the run was resumed from: damaged, or of another future."""
+        self.seconds = 0.0
+        """That the last one took."""
+        self._began_at = 0.0
+        self._saved_at: int | None = None
+        self._validated: tuple[int, float] | None = None
+
+    @property
+    def state_key(self) -> str:
+        """A name that does not depend on the arguments."""
+        return STATE_KEY
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Find the folder; finish what an interrupted run left."""
+        if self.dirpath is None:
+            self.dirpath = Path(trainer.default_root_dir) / "checkpoints"
+        if trainer.is_global_zero and self.dirpath.is_dir():
+            tidy(self.dirpath)
+        if self.interruption is not None and not trainer.is_global_zero:
+            self.interruption.job = None  # one rank is enough to ask SLURM when the job ends
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock, and take over the signals: Lightning has put its own handlers there by now.
+
+        Raises:
+            ValueError: if there would never be a moment to write one.
+        """
+        if trainer.num_training_batches <= trainer.accumulate_grad_batches and not trainer.enable_validation:
+            raise ValueError(
+                f"data.windows_per_epoch ({trainer.num_training_batches}) must be more than one meta-step where"
+                " there is no validation (trainer.limit_val_batches): checkpoints are written between the "
+                "meta-steps of an epoch, or after a validation"
+            )
+        self._began_at = time.monotonic()
+        if self.interruption is not None:
+            self.interruption.install()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Collective. Write one if it is time, or if the run is to stop."""
+        loop = trainer.fit_loop.epoch_loop
+        fetcher = trainer.fit_loop._data_fetcher
+        assert fetcher is not None
+        # Where a validation is next, a run that goes on from here would leave it out; at the end of an epoch
+        # Lightning would count the epoch twice. Then there is a boundary soon after.
+        skip = loop._should_check_val_fx(fetcher) or loop.batch_progress.is_last_batch
+        if not loop._should_accumulate() and not skip:
+            self._at_boundary(trainer, pl_module, intervals=2)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Collective. Remember φ if it is the best; write a checkpoint if it is time."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        self._validated = (trainer.global_step, self._value(trainer, pl_module))
+        self._at_boundary(trainer, pl_module, intervals=1)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Collective. Write the last state of the run."""
+        if self._saved_at != trainer.global_step:
+            self.save(trainer)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        if self.interruption is not None:
+            self.interruption.restore()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Give the signals back."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def _at_boundary(self, trainer: L.Trainer, module: L.LightningModule, intervals: int) -> None:
+        """Collective. Write a checkpoint if it is time or the run is to stop.
+
+        Raises:
+            Stopped: on all ranks, if any of them has a reason.
+        """
+        reason = Reason.NONE
+        if self.interruption is not None:
+            reason = Reason(most_of_all_ranks(module, self.interruption.reason(self.seconds)))
+        if reason or self._is_due(trainer.global_step, module, intervals):
+            path = self.save(trainer)
+            if reason:
+                raise Stopped(reason, str(path))
+
+    def _is_due(self, step: int, module: L.LightningModule, intervals: int) -> bool:
+        """Collective. Whether so many intervals have passed, on the clock of any rank."""
+        if self.every_n_meta_steps is not None:
+            return step % self.every_n_meta_steps == 0
+        if intervals > 1 and step % _RHYTHM:
+            return False
+        interval = max(self.every_seconds, self.seconds / self.max_share)
+        passed = time.monotonic() - self._began_at >= intervals * interval
+        return bool(most_of_all_ranks(module, int(passed)))
+
+    def save(self, trainer: L.Trainer) -> Path:
+        """Collective. Write a checkpoint now, at a window boundary; delete those that need not be kept."""
+        started = time.monotonic()
+        assert self.dirpath is not None
+        path = self.dirpath / shelf.name_of(trainer.global_step)
+        if self._validated is not None and self._validated[0] == trainer.global_step:
+            self.values[path.name] = self._validated[1]
+        trainer.save_checkpoint(path)
+        self.spare.discard(path.name)
+        self._saved_at = trainer.global_step
+        if trainer.is_global_zero:
+            shelf.point_to(path)
+            shelf.prune(self.dirpath, self._to_keep(), self.spare)
+        self.seconds = time.monotonic() - started
+        self._began_at = time.monotonic()
+        return path
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know."""
+        return {"best": self.best, "values": self.values}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take it up again."""
+        self.best, self.values = state_dict["best"], state_dict["values"]
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Leave newer checkpoints than this one alone: they were damaged, or are of another future."""
+        path = Path(checkpoint.get(KEY, {}).get(LOADED_FROM, ""))
+        if self.dirpath is not None and path.parent.absolute() == self.dirpath.absolute():
+            names = [one.name for one in shelf.checkpoints_in(self.dirpath)]
+            self.spare = set(names[names.index(path.name) + 1 :])
+
+    def _value(self, trainer: L.Trainer, module: L.LightningModule) -> float:
+        """The monitored value; φ is remembered if it is the best.
+
+        Raises:
+            ValueError: if it is not logged.
+        """
+        metrics = trainer.callback_metrics
+        if self.monitor not in metrics:
+            known = ", ".join(sorted(name for name in metrics if name.startswith("valid/")))
+            raise ValueError(f"checkpoint.monitor ({self.monitor}) is not logged; choose one of {known}")
+        value = float(metrics[self.monitor])
+        score = math.inf if math.isnan(value) else self.sign * value
+        if self.best is None or score < self.sign * self.best["value"]:
+            phi = tree_map(_copy, dict(module.state_dict()))
+            self.best = {"value": self.sign * score, "meta_step": trainer.global_step, "phi": phi}
+        return self.sign * score
+
+    def _to_keep(self) -> set[str]:
+        """Names of the last and the best."""
+        assert self.dirpath is not None
+        names = [path.name for path in shelf.checkpoints_in(self.dirpath) if path.name not in self.spare]
+        self.values = {name: value for name, value in self.values.items() if name in names}
+        best = sorted(self.values, key=lambda name: self.sign * self.values[name])[: self.keep_best]
+        return {*names[-self.keep_last :], *best}
+
+
+def _copy(leaf: Any) -> Any:
+    return leaf.detach().cpu().clone() if isinstance(leaf, Tensor) else leaf

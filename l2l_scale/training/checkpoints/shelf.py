@@ -1,0 +1,97 @@
+"""The checkpoints of one run, in one folder: which there are, which is the last, which may go."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TypeVar
+
+from l2l_scale.training.checkpoints.folder import DamagedError, discard, read_manifest
+
+T = TypeVar("T")
+
+LAST = "last"
+"""A symbolic link to the checkpoint that was written last."""
+
+
+def name_of(meta_step: int) -> str:
+    """What the checkpoint after so many meta-steps is called."""
+    return f"step-{meta_step:08d}"
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """All that are there and have a manifest, as they were written, oldest first."""
+    serials = {}
+    for path in folder.glob("step-*"):
+        try:
+            serials[path] = int(read_manifest(path)["serial"])
+        except DamagedError:
+            continue
+    return sorted(serials, key=lambda path: (serials[path], path.name))
+
+
+def next_serial(folder: Path) -> int:
+    """The number of the next one that is written; a counter, because clocks of nodes differ."""
+    there = checkpoints_in(folder)
+    return int(read_manifest(there[-1])["serial"]) + 1 if there else 0
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether anything is there that may be a checkpoint, be it a damaged one."""
+    return any(folder.glob("step-*")) or (folder / LAST).is_symlink()
+
+
+def candidates(folder: Path) -> list[Path]:
+    """Where to look for the last whole checkpoint, in this order.
+
+    The link is not asked: after a crash it may lag behind by one. Folders without a manifest that can be read
+    come first, so that they are named before something older is taken.
+    """
+    whole = checkpoints_in(folder)[::-1]
+    broken = sorted((path for path in folder.glob("step-*") if path not in whole), reverse=True)
+    return [*broken, *whole]
+
+
+def last_whole(folder: Path, read: Callable[[Path], T], quiet: bool = False) -> tuple[Path, T]:
+    """The last checkpoint that can be read, and what was read; a warning names those that were passed over.
+
+    Raises:
+        DamagedError: if there is none.
+    """
+    problems: list[str] = []
+    for path in candidates(folder):
+        try:
+            content = read(path)
+        except DamagedError as error:
+            problems.append(str(error))
+            continue
+        if problems and not quiet:
+            warnings.warn(f"{'; '.join(problems)}. Taking {path}, which is whole", stacklevel=2)
+        return path, content
+    raise DamagedError(
+        f"no checkpoint in {folder} is whole: {'; '.join(problems) or 'there is none'}. Start anew in "
+        "another run_dir, or with --overwrite true"
+    )
+
+
+def point_to(path: Path) -> None:
+    """Let the link ``last`` beside a checkpoint point to it; there is no moment without a link."""
+    beside = path.with_name(f".{LAST}.draft")
+    beside.unlink(missing_ok=True)
+    beside.symlink_to(path.name)
+    beside.replace(path.with_name(LAST))
+
+
+def prune(folder: Path, keep: Iterable[str], spare: Iterable[str] = ()) -> None:
+    """Delete the checkpoints that are not to be kept.
+
+    Args:
+        folder: of the checkpoints.
+        keep: their names.
+        spare: others that are not ours to delete.
+    """
+    names = {*keep, *spare}
+    for path in checkpoints_in(folder):
+        if path.name not in names:
+            discard(path)

@@ -1,0 +1,214 @@
+"""Writing a checkpoint together, reading it again, and falling back to an older one that is whole."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from lightning.fabric.plugins import CheckpointIO
+from torch import Tensor
+
+from l2l_scale.training.checkpoints import folder as files
+from l2l_scale.training.checkpoints import shelf
+from l2l_scale.training.checkpoints.folder import DamagedError, Entry
+from l2l_scale.training.checkpoints.inflight import KEY, SLOTS
+from l2l_scale.training.surroundings import versions
+from l2l_scale.tree import tree_map
+
+T = TypeVar("T")
+LOADED_FROM = "loaded_from"
+"""Below KEY, in what was loaded: the path of the checkpoint that it came from."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written."""
+
+
+class CheckpointFolders(CheckpointIO):
+    """Checkpoints of this package for Lightning's trainer. Loading verifies every file."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Not to be used: only rank 0 is asked by Lightning.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError("use l2l_scale.training.Trainer: checkpoints are written by all ranks together")
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Collective. Read a checkpoint; ``…/last`` is the last one in that folder that is whole.
+
+        Raises:
+            DamagedError: on all ranks, if it is damaged on any, or none in the folder is whole.
+        """
+        path = Path(path)
+        if path.name != shelf.LAST:
+            return _load(path)
+        return shelf.last_whole(path.parent, _load, quiet=_rank() > 0)[1]
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Delete a checkpoint."""
+        if Path(path).is_dir():
+            files.discard(Path(path))
+
+
+def save_together(content: dict[str, Any], path: Path, texts: Mapping[str, str]) -> None:
+    """Collective. Write a checkpoint: rank 0 what all have in common, every rank its slots.
+
+    Args:
+        content: as Lightning dumps it on each rank.
+        path: the folder that it becomes.
+        texts: more files, by name.
+
+    Raises:
+        CheckpointError: on all ranks, if one of them could not write; the draft is deleted.
+    """
+    rank, draft = _rank(), files.draft_of(path)
+
+    def begin() -> None:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+
+    def write() -> dict[str, Entry]:
+        ours, slots = content.get(KEY), None
+        if ours is not None:
+            slots = ours.pop(SLOTS)
+        entries = {}
+        if slots is not None:
+            name = files.slots_file(rank, _world_size())
+            entries[name] = files.write_tensors(draft / name, _compact(slots))
+        if rank == 0:
+            entries[files.TRAINING] = files.write_tensors(draft / files.TRAINING, _compact(content))
+            entries |= {name: files.write_text(draft / name, text) for name, text in texts.items()}
+        return entries
+
+    try:
+        _together(begin if rank == 0 else _nothing)
+        entries = {name: entry for part in _together(write) for name, entry in part.items()}
+        _together((lambda: _finish(content, path, entries)) if rank == 0 else _nothing)
+    except OSError as error:
+        if rank == 0:
+            shutil.rmtree(draft, ignore_errors=True)
+        raise CheckpointError(_why_not_written(path, error)) from error
+
+
+def _finish(content: Mapping[str, Any], path: Path, entries: Mapping[str, Entry]) -> None:
+    """Put the draft in its place. A file of another rank may be missing where nodes share no file system."""
+    missing = [name for name in entries if not (files.draft_of(path) / name).exists()]
+    if missing:
+        raise OSError(
+            f"{', '.join(missing)} of other ranks cannot be seen from rank 0; run_dir must be on a file "
+            "system that all nodes share"
+        )
+    notes = {
+        "serial": shelf.next_serial(path.parent),
+        "meta_step": content["global_step"],
+        "next_window": content.get(KEY, {}).get("next_window"),
+        "ranks": _world_size(),
+        "versions": versions(),
+    }
+    files.commit(path, entries, notes)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """Collective. Read one checkpoint; each rank verifies some of its files.
+
+    Raises:
+        DamagedError: on all ranks, if it is damaged on any.
+    """
+
+    def check() -> dict[str, Any]:
+        manifest = files.read_manifest(path)
+        for name in sorted(manifest["files"])[_rank() :: _world_size()]:
+            files.check_file(path, name, manifest)
+        return manifest
+
+    def read() -> dict[str, Any]:
+        content: dict[str, Any] = files.read_tensors(path / files.TRAINING)
+        if KEY in content:
+            parts = sorted(name for name in manifest["files"] if name.startswith("slots-"))
+            content[KEY][SLOTS] = [
+                piece for name in parts for piece in files.read_tensors(path / name, mapped=True)
+            ]
+            content[KEY][LOADED_FROM] = str(path)
+        return content
+
+    manifest = _together(check)[_rank()]
+    changed = {
+        name: f"{then} then, {now} now"
+        for name, now in versions().items()
+        if (then := manifest["versions"].get(name, now)) != now
+    }
+    if changed and _rank() == 0:
+        text = "; ".join(f"{name} {difference}" for name, difference in changed.items())
+        warnings.warn(f"{path} was written with other versions: {text}. Bits may differ", stacklevel=2)
+    return _all_or_none(read)
+
+
+def _all_or_none(function: Callable[[], T]) -> T:
+    """Collective. Call a function whose result is too large to be sent around."""
+    results: list[T] = []
+    _together(lambda: results.append(function()))
+    return results[0]
+
+
+def _together(function: Callable[[], T]) -> list[T]:
+    """Collective. Call a function on every rank; the results of all, in order.
+
+    Raises:
+        DamagedError: on all ranks, if it was raised on any.
+        OSError: likewise.
+    """
+    result: T | None = None
+    failure: DamagedError | OSError | None = None
+    try:
+        result = function()
+    except (DamagedError, OSError) as error:
+        failure = error
+    if _world_size() == 1:
+        everyone: list[tuple[Any, Any]] = [(result, failure)]
+    else:
+        everyone = [(None, None)] * _world_size()
+        dist.all_gather_object(everyone, (result, failure))
+    for rank, (_, problem) in enumerate(everyone):
+        if problem is not None:
+            raise problem if _world_size() == 1 else type(problem)(f"{problem} (on rank {rank})")
+    return [value for value, _ in everyone]
+
+
+def _nothing() -> None:
+    """What the other ranks do."""
+
+
+def _compact(tree: Any) -> Any:
+    """Tensors on the CPU, without what else is in their storages: torch.save writes those as a whole."""
+
+    def compact(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        leaf = leaf.detach().cpu()
+        return leaf if leaf.untyped_storage().nbytes() == leaf.nbytes else leaf.clone()
+
+    return tree_map(compact, tree)
+
+
+def _why_not_written(path: Path, error: OSError) -> str:
+    whole = shelf.checkpoints_in(path.parent)
+    last = f"the last whole checkpoint is {whole[-1]}" if whole else "there is no earlier checkpoint"
+    return f"cannot write the checkpoint {path}: {error.strerror or error}; {last}"
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

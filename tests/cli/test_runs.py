@@ -113,11 +113,13 @@ def test_failed_run_says_why(tmp_path, capsys, shown, listed):
     assert "every task diverged" in run["message"]
     text = shown(tmp_path)
     assert "bad failed: every task diverged" in text
-    assert f"fit -c {tmp_path}/bad/config.yaml --overwrite true" in text  # there is no checkpoint
+    assert f"fit -c {tmp_path}/bad/config.yaml --ckpt_path last" in text
 
 
 def test_failure_after_training_is_recorded(tmp_path, capsys, listed, monkeypatch):
-    monkeypatch.setattr("l2l_scale.cli.fit.export_rule", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(
+        "l2l_scale.cli.fit.export_rule", lambda *_, **__: (_ for _ in ()).throw(OSError("full"))
+    )
     fails(["fit", "-c", SMOKE, "--run_dir", str(tmp_path / "run"), *SMALL], capsys)
     assert [(run["state"], run["message"]) for run in listed(tmp_path)] == [("failed", "full")]
 
@@ -126,9 +128,10 @@ def test_killed_run_is_seen_and_goes_on(tmp_path, listed, shown):
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "l2l_scale", "fit", "-c", SMOKE, "--run_dir", str(folder), SMALL[0]]
     options = ["--trainer.max_steps=1000000", "--data.windows_per_epoch=10"]
+    options += ["--checkpoint.every_n_meta_steps=10"]
     with subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 60
-        while not (folder / "checkpoints" / "last.ckpt").exists() and time.monotonic() < deadline:
+        while not list(folder.glob("checkpoints/step-*")) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert listed(tmp_path)[0]["state"] == "running"
         process.send_signal(signal.SIGKILL)
@@ -195,7 +198,9 @@ def test_broken_files_are_named_and_break_nothing(make, listed, shown, tmp_path)
     make("b", '{"state": "running"}')
     make("c", "\x00\x01")
     (make("d", None) / "config.yaml").write_text("run_dir: x\n a: [\n")
-    (make("e", None) / "metrics.csv").write_text('step,valid/sum\n2,7.5\n4,nan\n5,"')
+    metrics = make("e", None) / "metrics.csv"
+    metrics.write_text('step,valid/sum\n2,7.5\n4,nan\n5,"')
+    os.utime(metrics, (1e9, 1e9))  # before the rule was exported
     folder = make("[red]f", {})
     (folder / "metrics.csv").unlink()
     (folder / "config.yaml").unlink()

@@ -14,7 +14,7 @@ from l2l_scale import run_record
 from l2l_scale.files import write_atomically
 from l2l_scale.run_record import RUN_FILE, is_alive, read_record
 from l2l_scale.training import run_state
-from l2l_scale.training.run_state import RunStateFile, slurm_job, slurm_log, write_record
+from l2l_scale.training.run_state import RunStateFile, write_record
 
 MONITOR = "valid/sum"
 
@@ -204,18 +204,16 @@ def test_only_rank_0_writes(tmp_path):
 
 
 def test_job_and_log_as_slurm_names_them(tmp_path, monkeypatch):
-    assert slurm_job({}) is None
-    assert slurm_job({"SLURM_JOB_ID": "7"}) == "7"
-    array = {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "8", "SLURM_ARRAY_TASK_ID": "3"}
-    assert slurm_job(array) == "8_3"
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert slurm_log("7") is None
-    scontrol = tmp_path / "scontrol"
-    scontrol.write_text(
-        '#!/bin/sh\n[ "$3" = 7 ] || exit 1\necho "   StdErr=/x"\necho "   StdOut=/a b/7.out"\n'
-    )
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    train(tmp_path, 4)
+    assert (read_record(tmp_path)["slurm_job"], read_record(tmp_path)["log"]) == ("7", None)
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text('#!/bin/sh\n[ "$3" = 7 ] && echo "   StdErr=/x" && echo "   StdOut=/a b/7.out"\n')
     scontrol.chmod(0o755)
-    assert (slurm_log("7"), slurm_log("8")) == ("/a b/7.out", None)
+    train(tmp_path, 4)
+    assert (read_record(tmp_path)["slurm_job"], read_record(tmp_path)["log"]) == ("7", "/a b/7.out")
 
 
 def test_a_pid_that_is_used_again_is_not_the_run():

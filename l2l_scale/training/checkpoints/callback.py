@@ -101,8 +101,10 @@ class Checkpoints(Checkpoint):
             self.dirpath = Path(trainer.default_root_dir) / "checkpoints"
         if trainer.is_global_zero and self.dirpath.is_dir():
             tidy(self.dirpath)
-        if self.interruption is not None and not trainer.is_global_zero:
-            self.interruption.job = None  # one rank is enough to ask SLURM when the job ends
+        if self.interruption is not None:
+            self.interruption.remember()
+            if not trainer.is_global_zero:
+                self.interruption.job = None  # one rank is enough to ask SLURM when the job ends
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock, and take over the signals: Lightning has put its own handlers there by now.

@@ -13,8 +13,6 @@ from typing import Any, Literal, TypeAlias, TypedDict, cast, get_args
 
 import psutil
 
-from l2l_scale.files import write_atomically
-
 RUN_FILE = "run.json"
 HEARTBEAT = 30.0
 """Seconds after which a running run writes its file again, at the next window."""
@@ -83,16 +81,6 @@ def age(moment: str) -> float:
     return max(0.0, (datetime.now(timezone.utc) - datetime.fromisoformat(moment)).total_seconds())
 
 
-def write_record(folder: Path, record: RunRecord, durable: bool) -> None:
-    """Write ``run.json``; ``durable`` as in :func:`~l2l_scale.files.write_atomically`.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
-    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(folder / RUN_FILE, text.encode(), durable)
-
-
 def read_record(folder: Path) -> RunRecord:
     """Read ``run.json``.
 
@@ -106,7 +94,9 @@ def read_record(folder: Path) -> RunRecord:
         _check(content["best"], _BEST_TYPES)
     if content["state"] not in get_args(State):
         raise ValueError(f"state ({content['state']}) must be one of {', '.join(get_args(State))}")
-    age(content["started"]), age(content["updated"])
+    for key in ("started", "updated"):
+        if datetime.fromisoformat(content[key]).tzinfo is None:
+            raise ValueError(f"{key} ({content[key]}) must say its time zone")
     return cast(RunRecord, content)
 
 

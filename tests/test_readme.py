@@ -50,7 +50,7 @@ SMALL = {
     "export": [],
 }
 SMALL["tune"] = SMALL["evaluate"]
-SMALL["memory"] = []
+SMALL["memory"] = SMALL["runs"] = []
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_command_runs(command, monkeypatch):
 
 def test_the_commands_are_found():
     assert [shlex.split(command)[1] for command in COMMANDS] == [
-        *("fit", "evaluate", "tune", "export", "memory", "fit"),
+        *("fit", "evaluate", "tune", "export", "runs", "memory", "fit"),
     ]
     assert any("--ckpt_path last" in command for command in INLINE)
 

@@ -6,6 +6,7 @@ import json
 import signal
 import time
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
@@ -19,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from l2l_scale.cli.experiment import Experiment
 from l2l_scale.cli.export import export_rule
 from l2l_scale.cli.loggers import all_loggers, ending, give_folder, log_rule, take_folder, wandb_runs
-from l2l_scale.cli.run_folder import choose_folder, empty, find_checkpoint, keep_metrics
+from l2l_scale.cli.run_folder import choose_folder, empty, find_checkpoint, keep_metrics, occupied
 from l2l_scale.cli.stopping import stop_here
 from l2l_scale.deploy import classes_of
 from l2l_scale.files import write_atomically
@@ -93,24 +94,30 @@ class Fit(Experiment):
             self.datamodule.actors.check(trainer.num_devices)
         if self.config.check_memory and trainer.local_rank == 0:  # once per host: it counts all its ranks
             check_memory(self.model, self.datamodule, machine_of(trainer))
-        if trainer.is_global_zero:
-            keep_metrics(self.folder)  # before Lightning sets its logger up, which deletes them
-        with ending(trainer.loggers), self.run_state:
-            try:
-                trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.ckpt_path)
-            except SystemExit as stop:  # Lightning's answer to a second Ctrl-C
-                if trainer.interrupted:
-                    raise KeyboardInterrupt from stop
-                raise
-            except Stopped as stop:
-                stop_here(stop, self.run_state, self.folder)
-            signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a late one would kill a run that is complete
+        with occupied(self.folder) if trainer.is_global_zero else nullcontext():
             if trainer.is_global_zero:
-                if self.run_state.record is None:  # nothing was left to train: it was killed at its very end
-                    self.begin()
-                    self.run_state.on_train_start(trainer, self.model)
-                self.finish(time.perf_counter() - started)
-            self.run_state.end("finished")
+                keep_metrics(self.folder)  # before Lightning sets its logger up, which deletes them
+            with ending(trainer.loggers), self.run_state:
+                self.fit(trainer)
+                if trainer.is_global_zero:
+                    if self.run_state.record is None:  # nothing was left to train: killed at its very end
+                        self.begin()
+                        self.run_state.on_train_start(trainer, self.model)
+                    self.finish(time.perf_counter() - started)
+                self.run_state.end("finished")
+
+    def fit(self, trainer: L.Trainer) -> None:
+        """Train; a run that was stopped in good order ends the process here."""
+        # It is heeded while windows are trained. One that comes later would kill a run that is complete.
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        try:
+            trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.ckpt_path)
+        except SystemExit as stop:  # Lightning's answer to a second Ctrl-C
+            if trainer.interrupted:
+                raise KeyboardInterrupt from stop
+            raise
+        except Stopped as stop:
+            stop_here(stop, self.run_state, self.folder)
 
     def begin(self) -> None:
         """Make room where that was asked for, write the configuration, and say what is about to run."""

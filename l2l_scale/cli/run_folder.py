@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from l2l_scale.run_record import RUN_FILE
 
+PATIENCE = 20.0
+"""Seconds to wait for a process that is about to end, as after requeueing."""
 RUN_DIR_VARIABLE = "L2L_SCALE_RUN_DIR"  # how the processes that Lightning starts learn the folder
 
 
@@ -53,6 +58,26 @@ def _started_by_others(environment: Mapping[str, str]) -> tuple[int, int]:
         if rank in environment and ranks in environment:
             return int(environment[rank]), int(environment[ranks])
     return 0, 1
+
+
+@contextmanager
+def occupied(folder: Path) -> Iterator[None]:
+    """Make sure that no other process trains in this folder meanwhile. The lock ends with the process.
+
+    Raises:
+        ValueError: if another one does, and does not end within seconds.
+    """
+    lock = FileLock(folder / ".lock", timeout=PATIENCE)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        holder = lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"run_dir ({folder}) is in use: another process trains there (`l2l-scale runs` shows where). "
+            "Wait for it, stop it, or choose another folder"
+        ) from error
+    with holder:
+        yield
 
 
 def keep_metrics(folder: Path) -> None:

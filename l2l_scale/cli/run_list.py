@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import re
 import shlex
@@ -51,9 +52,7 @@ class Run(NamedTuple):
         """The command that goes on with a run that ended early; None for others."""
         if self.state not in RESUMABLE:
             return None
-        has_checkpoint = (self.folder / "checkpoints" / "last.ckpt").is_file()
-        option = "--ckpt_path last" if has_checkpoint else "--overwrite true"
-        return f"l2l-scale fit -c {shlex.quote(str(self.folder / 'config.yaml'))} {option}"
+        return f"l2l-scale fit -c {shlex.quote(str(self.folder / 'config.yaml'))} --ckpt_path last"
 
 
 def find_runs(folders: Sequence[Path]) -> list[Run]:
@@ -129,10 +128,10 @@ def _without_record(name: str, folder: Path) -> Run:
         monitor, mode, max_steps = checkpoint["monitor"], checkpoint["mode"], config["trainer"]["max_steps"]
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         return Run(name, folder, "unreadable", " ".join(f"config.yaml: {error}".split()))
-    last, rule = folder / "checkpoints" / "last.ckpt", folder / "rule.safetensors"
-    written = [path.stat().st_mtime for path in (folder / "metrics.csv", last, rule) if path.exists()]
+    rule, others = folder / "rule.safetensors", [*folder.glob("metrics.csv"), *folder.glob("checkpoints/*")]
+    written = [path.stat().st_mtime for path in (rule, *others) if path.exists()]
     state = "unknown" if written else "new"
-    if rule.exists() and last.exists() and rule.stat().st_mtime >= last.stat().st_mtime:
+    if rule.exists() and rule.stat().st_mtime >= max(written):
         state = "finished"  # the rule is exported at the end
     meta_step, best = _from_metrics(folder, monitor, mode)
     moment = (
@@ -159,7 +158,7 @@ def _from_metrics(folder: Path, monitor: str | None, mode: str) -> tuple[int | N
         with suppress(OSError, ValueError, csv.Error), path.open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 steps.append(int(row["step"]))
-                if monitor and row.get(monitor):
+                if monitor and row.get(monitor) and math.isfinite(float(row[monitor])):
                     values.append((float(row[monitor]), steps[-1]))
     best = None
     if monitor and values:

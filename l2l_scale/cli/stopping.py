@@ -31,8 +31,7 @@ def stop_here(stop: Stopped, record: RunStateFile, folder: Path) -> NoReturn:
     A process that Lightning's launcher started exits with 0: the first one would take another code for an
     accident, and be killed in the middle of this.
     """
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # everything is saved: there is nothing more to be told
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # everything is saved: there is nothing more to be told
     job = SlurmJob.current()
     code = exit_code(stop.reason, job is not None)
     if record.record is not None:  # rank 0

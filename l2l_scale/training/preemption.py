@@ -63,20 +63,21 @@ class Interruption:
         self._boundary_at: float | None = None
         self._longest = 0.0
 
+    def remember(self) -> None:
+        """Take note of the handlers that :meth:`restore` gives back, before Lightning changes them."""
+        self._before = {number: signal.getsignal(number) or signal.SIG_DFL for number in SIGNALS}
+
     def install(self) -> None:
         """Put the handlers in their places. They only set a flag: anything else could meet a collective."""
-        if threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread():  # Python allows no other
             for number in SIGNALS:
-                if not self._before or number not in self._before:
-                    self._before[number] = signal.getsignal(number)
                 signal.signal(number, self._note)
 
     def restore(self) -> None:
         """Give back the handlers that were there before."""
         if threading.current_thread() is threading.main_thread():
             for number, handler in self._before.items():
-                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-        self._before = {}
+                signal.signal(number, handler)
 
     def reason(self, seconds_to_save: float) -> Reason:
         """Whether this process has a reason to stop; to be asked at every boundary.

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
-import re
 import socket
-import subprocess
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from textwrap import shorten
@@ -20,8 +18,10 @@ import psutil
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from l2l_scale.run_record import HEARTBEAT, RUN_FILE, Best, RunRecord, State, now, read_record, write_record
+from l2l_scale.files import write_atomically
+from l2l_scale.run_record import HEARTBEAT, RUN_FILE, Best, RunRecord, State, now, read_record
 from l2l_scale.training.preemption import Stopped
+from l2l_scale.training.slurm_job import SlurmJob
 
 
 class RunStateFile(Callback):
@@ -50,7 +50,7 @@ class RunStateFile(Callback):
         """Begin, or go on with what the file says of the run that is resumed."""
         if not trainer.is_global_zero:
             return
-        job = slurm_job(os.environ)
+        job = SlurmJob.current()
         self.record = {
             "state": "running",
             "message": None,
@@ -58,7 +58,7 @@ class RunStateFile(Callback):
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "process_started": psutil.Process().create_time(),
-            "slurm_job": job,
+            "slurm_job": job.id if job else None,
             "started": now(),
             "updated": now(),
             "starts": 1,
@@ -67,7 +67,7 @@ class RunStateFile(Callback):
             "monitor": self.monitor,
             "mode": self.mode,
             "best": None,
-            "log": slurm_log(job) if job else None,
+            "log": job.log() if job else None,
         }
         with suppress(OSError, ValueError):  # no earlier file, or a damaged one
             earlier = read_record(self.folder)
@@ -169,19 +169,11 @@ class RunStateFile(Callback):
             self.complained = True
 
 
-def slurm_job(environment: Mapping[str, str]) -> str | None:
-    """The SLURM job as squeue names it; None outside of SLURM."""
-    if "SLURM_ARRAY_JOB_ID" in environment and "SLURM_ARRAY_TASK_ID" in environment:
-        return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
-    return environment.get("SLURM_JOB_ID")
+def write_record(folder: Path, record: RunRecord, durable: bool) -> None:
+    """Write ``run.json``; ``durable`` as in :func:`~l2l_scale.files.write_atomically`.
 
-
-def slurm_log(job: str) -> str | None:
-    """Where SLURM writes the job's output; None where it cannot be asked."""
-    try:
-        command = ["scontrol", "show", "job", job]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    found = re.search(r"^\s*StdOut=(.+)$", done.stdout, re.MULTILINE)
-    return found[1].strip() if found else None
+    Raises:
+        OSError: if it cannot be written.
+    """
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(folder / RUN_FILE, text.encode(), durable)

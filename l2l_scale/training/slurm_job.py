@@ -52,6 +52,11 @@ class SlurmJob(NamedTuple):
                 return float(text)
         return None
 
+    def log(self) -> str | None:
+        """Where its output goes; None if slurmctld does not say. The path may have spaces."""
+        found = re.search(r"^ +StdOut=(.+)$", self._shown(), re.MULTILINE)
+        return found[1].strip() if found else None
+
     def requeue(self) -> bool:
         """Put it back into the queue, if it is running; whether that was done.
 

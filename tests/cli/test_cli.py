@@ -61,8 +61,7 @@ def fails(arguments, capsys, code=2) -> str:
         (["fit", *BASE, "--trainer.logger=WandbRun", "--trainer.logger.init_timeout=0"], "init_timeout (0"),
         (["fit", *BASE, "--trainer.callbacks+=ValidationCurves", "--trainer.callbacks.every=0"], "every (0)"),
         (["fit", "-c", "no.yaml"], "File does not exist"),
-        (["fit", *BASE, "--ckpt_path=no.ckpt"], "there is no checkpoint no.ckpt"),
-        (["fit", *BASE, "--run_dir=runs/no", "--ckpt_path=last"], "runs/no/checkpoints/last.ckpt"),
+        (["fit", *BASE, "--ckpt_path=no.ckpt"], "there is no such checkpoint"),
         (["fit", *BASE, "--trainer.max_steps=-1"], "trainer.max_steps (-1) must be > 0"),
         (["fit", *BASE, "--trainer.max_steps=150"], "must be a multiple of data.windows_per_epoch (100)"),
         (
@@ -156,7 +155,7 @@ def test_config_of_one_run_starts_another_without_touching_the_first(trained, tm
     before = files_of(trained)
     for name in ("a", "b"):  # two in one process: the first one's folder must not leak into the second
         main(["fit", "-c", str(trained / "config.yaml"), "--run_dir", str(tmp_path / name)])
-        assert (tmp_path / name / "checkpoints" / "best.ckpt").is_file()
+        assert (tmp_path / name / "checkpoints" / "last" / "manifest.json").is_file()
         assert (tmp_path / name / "rule.safetensors").read_bytes() == before[Path("rule.safetensors")]
     assert files_of(trained) == before
 
@@ -179,6 +178,7 @@ def test_overwrite_deletes_what_a_run_writes_and_nothing_else(copied):
 def test_interrupt_says_how_to_go_on(tmp_path):
     command = [sys.executable, "-m", "l2l_scale", "fit", "-c", SMOKE, "--run_dir", str(tmp_path / "run")]
     options = ["--trainer.max_steps", "1000000", "--trainer.enable_progress_bar", "false"]
+    options += ["--checkpoint.every_n_meta_steps", "10"]
     # What runs in the background of a shell inherits that Ctrl-C is ignored; this process must not.
     heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
     with subprocess.Popen(
@@ -187,7 +187,7 @@ def test_interrupt_says_how_to_go_on(tmp_path):
         for line in process.stdout:
             if "run folder" in line:
                 break
-        while not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists():
+        while not (tmp_path / "run" / "checkpoints" / "last").exists():
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         rest = process.stdout.read()
@@ -196,10 +196,11 @@ def test_interrupt_says_how_to_go_on(tmp_path):
 
 
 def test_damaged_checkpoint_and_rule_are_named(trained, tmp_path, capsys):
-    checkpoint, rule = tmp_path / "x.ckpt", tmp_path / "x.safetensors"
-    checkpoint.write_bytes((trained / "checkpoints" / "best.ckpt").read_bytes()[:1000])
+    checkpoint, rule = tmp_path / "x", tmp_path / "x.safetensors"
+    shutil.copytree(trained / "checkpoints" / "last", checkpoint)
+    (checkpoint / "training.pt").write_bytes((checkpoint / "training.pt").read_bytes()[:1000])
     rule.write_bytes((trained / "rule.safetensors").read_bytes()[:1000])
-    assert "x.ckpt is not a readable checkpoint" in fails(["export", str(checkpoint)], capsys)
+    assert "x/training.pt is damaged" in fails(["export", str(checkpoint)], capsys)
     assert "x.safetensors" in fails(["evaluate", "-c", SMOKE, "--rule", str(rule)], capsys)
 
 
@@ -221,10 +222,11 @@ def test_evaluate_writes_report_table_and_picture(trained, tmp_path, capsys):
 
 
 def test_evaluate_takes_a_checkpoint_with_the_same_result_as_its_exported_rule(trained, tmp_path):
-    reports = []
-    for name in ("rule.safetensors", "checkpoints/best.ckpt"):
-        out = tmp_path / Path(name).stem
-        main(["evaluate", "-c", SMOKE, "--rule", str(trained / name), "--out", str(out)])
+    reports, checkpoint, exported = [], trained / "checkpoints" / "last", tmp_path / "exported.safetensors"
+    main(["export", str(checkpoint), "--out", str(exported)])
+    for path in (exported, checkpoint):
+        out = tmp_path / path.stem
+        main(["evaluate", "-c", SMOKE, "--rule", str(path), "--out", str(out)])
         tests = json.loads((out / "report.json").read_text())["tests"]
         reports.append(tests["held-out"]["optimizers"]["learned"])
     assert reports[0] == reports[1]

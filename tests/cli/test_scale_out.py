@@ -13,6 +13,7 @@ import torch
 from test_cli import BASE, ROOT, SMOKE, fails
 
 from l2l_scale.cli.main import main
+from l2l_scale.training.checkpoints.folder import TRAINING, read_tensors, slots_file
 
 OVERLAYS = ROOT / "configs" / "overlays"
 QUADRATIC = str(ROOT / "configs" / "quadratic_lstm.yaml")
@@ -36,7 +37,7 @@ data:
 
 def phi(folder):
     """The rule in the last checkpoint, as one vector."""
-    state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    state = read_tensors(folder / "checkpoints" / "last" / TRAINING)["state_dict"]
     return torch.cat([leaf.flatten() for leaf in state.values()])
 
 
@@ -88,13 +89,14 @@ def test_actors_change_no_metric_and_leave_no_process(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_no_process_is_left_after_a_signal(tmp_path, number):
     fit = [sys.executable, "-m", "l2l_scale", "fit", "-c", SMOKE, *ACTORS, *QUIET]
-    endless = ["--trainer.max_steps", "1000000", "--run_dir", str(tmp_path / "run")]
+    endless = ["--trainer.max_steps", "1000000", "--checkpoint.every_n_meta_steps", "10"]
+    endless += ["--run_dir", str(tmp_path / "run")]
     # What runs in the background of a shell inherits that Ctrl-C is ignored; this process must not.
     heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
     with subprocess.Popen(
         [*fit, *endless], stdout=subprocess.PIPE, text=True, preexec_fn=heed, start_new_session=True
     ) as process:
-        last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+        last = tmp_path / "run" / "checkpoints" / "last"
         while not last.exists():
             assert process.poll() is None
             time.sleep(0.05)
@@ -105,7 +107,7 @@ def test_no_process_is_left_after_a_signal(tmp_path, number):
         else:
             process.send_signal(number)
         rest = process.stdout.read()
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert "--ckpt_path last" in rest
     assert left(children, timeout=10) == []
 
@@ -121,11 +123,10 @@ def test_groups_of_ranks_train_and_go_on_through_the_command_line(tmp_path):
     config = str(tmp_path / "parts" / "config.yaml")
     run("fit", "-c", config, "--ckpt_path", "last", "--trainer.max_steps", "10")
     assert torch.equal(phi(tmp_path / "straight"), phi(tmp_path / "parts"))
-    saved = torch.load(tmp_path / "parts" / "checkpoints" / "last.ckpt", weights_only=True)["l2l_scale"]
-    assert {name: leaves[0].shape[0] for name, leaves in saved["carries"].items()} == {
-        "quadratics": 8,
-        "digits": 8,
-    }
+    last = tmp_path / "parts" / "checkpoints" / "last"
+    for rank, name in enumerate(["quadratics", "digits"]):  # each wrote its own
+        (saved,) = read_tensors(last / slots_file(rank, 2))
+        assert {name: len(saved[name]["leaves"][0]) for name in saved} == {name: 8}
 
 
 TWO = "{quadratics: {family: {class_path: Quadratic}}, more: {family: {class_path: Quadratic}, weight: %s}}"

@@ -232,7 +232,8 @@ def test_mode_disabled_logs_nothing_and_says_nothing(tmp_path, capsys):
 
 def test_no_logger_at_all_on_request(tmp_path):
     main(["fit", *SMOKE, *QUIET, "--trainer.logger=false", "--run_dir", str(tmp_path)])
-    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "checkpoints", "rule.safetensors"}
+    written = {"config.yaml", "checkpoints", "rule.safetensors", "run.json"}
+    assert {path.name for path in tmp_path.iterdir()} == written
 
 
 def test_another_logger_is_beside_the_csv_file(tmp_path):

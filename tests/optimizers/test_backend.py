@@ -25,7 +25,7 @@ from l2l_scale.rng import Split
 from l2l_scale.sampling import Schedule
 from l2l_scale.tasks import Quadratic
 from l2l_scale.training import MetaTraining
-from l2l_scale.tree import tree_leaves
+from l2l_scale.training.checkpoints.folder import TRAINING, read_tensors, slots_file
 from l2l_scale.unroll import begin
 
 CPU = torch.device("cpu")
@@ -214,15 +214,16 @@ def test_the_command_line_chooses_the_backend(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_a_run_and_its_checkpoint_know_nothing_of_the_backend(tmp_path: Path) -> None:
-    checkpoints = {}
+    checkpoints, slots = {}, {}
     for name in ("eager", "fused"):
         fit(tmp_path / name, f"--model.backend={name}")
-        path = tmp_path / name / "checkpoints" / "last.ckpt"
-        checkpoints[name] = torch.load(path, weights_only=True)
+        last = tmp_path / name / "checkpoints" / "last"
+        checkpoints[name] = read_tensors(last / TRAINING)
+        slots[name] = read_tensors(last / slots_file(0, 1))
     eager, fused = checkpoints["eager"], checkpoints["fused"]
     assert eager["state_dict"].keys() == fused["state_dict"].keys()
     assert eager["l2l_scale"]["rule"] == fused["l2l_scale"]["rule"]
-    shapes = [[leaf.shape for leaf in tree_leaves(c["l2l_scale"]["carries"])] for c in (eager, fused)]
+    shapes = [[leaf.shape for leaf in slots[name][0][""]["leaves"]] for name in slots]
     assert shapes[0] == shapes[1]
 
 

@@ -232,17 +232,14 @@ class Learnable(UpdateRule):
         return -self.rate * grad, state
 
 
-def test_ranks_share_the_host_and_gather_all_slots_in_a_checkpoint():
+def test_ranks_share_the_host_and_each_writes_its_slots_into_a_checkpoint():
     family, four = Quadratic(dimension=100), Machine(device=CPU.device, ranks_per_node=4, world_size=40)
     alone = predict(*experiment(family=family, slots=100), CPU).host
     host = predict(*experiment(family=family, slots=4000), four).host
-    state = alone.parts["slots"]
-    assert state > 100 * 100 * 80 * 4  # h and c of two layers
+    assert alone.parts["slots"] > 100 * 100 * 80 * 4  # h and c of two layers
     assert host.total == 4 * sum(host.parts.values())
-    assert host.worst == "a checkpoint"
-    # The ranks of a node bear together what rank 0 does alone.
-    assert host.parts["checkpoint"] == pytest.approx(40 * state / 4, rel=0.01)
-    assert host.parts["all ranks' slots"] == 3 * host.parts["checkpoint"]
+    assert host.parts["slots"] == alone.parts["slots"]
+    assert host.parts.get("checkpoint") == alone.parts.get("checkpoint")
 
 
 def test_on_a_gpu_the_window_is_the_devices_and_the_arrays_are_the_hosts():

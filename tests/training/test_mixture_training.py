@@ -163,8 +163,8 @@ def test_mixture_of_one_family_trains_like_the_family_bit_for_bit(tmp_path):
 def test_resumed_run_with_a_mixture_equals_undisturbed_run_bit_for_bit(tmp_path, after):
     straight, _ = fit(tmp_path, 8, mixed_module(), data=mixed_data())
     fit(tmp_path, 8, mixed_module(), data=mixed_data(), callbacks=[Stop(after, tmp_path / "stop.ckpt")])
-    saved = torch.load(tmp_path / "stop.ckpt", weights_only=True)["l2l_scale"]["carries"]
-    assert {name: len(leaves[0]) for name, leaves in saved.items()} == {"quadratics": 6, "digits": 2}
+    (saved,) = torch.load(tmp_path / "stop.ckpt", weights_only=True)["l2l_scale"]["slots"]
+    assert {name: len(one["leaves"][0]) for name, one in saved.items()} == {"quadratics": 6, "digits": 2}
     resumed, _ = fit(tmp_path, 8, mixed_module(), data=mixed_data(), ckpt_path=tmp_path / "stop.ckpt")
     ours, theirs = ([*m.rule.parameters(), *tree_leaves(m.carries)] for m in (straight, resumed))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

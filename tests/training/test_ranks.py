@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from l2l_scale.training.ranks import all_slots, check_same_phi, gather_carries, hash_of, world_size
-from l2l_scale.unroll import Carry
+from l2l_scale.training.ranks import all_slots, check_same_phi, hash_of, world_size
 
 TENSORS = [torch.arange(6.0).reshape(2, 3), torch.tensor(0.5), torch.tensor([1, 2, 3], dtype=torch.bfloat16)]
 
@@ -53,10 +52,9 @@ def test_order_changes_the_hash():
 
 def test_a_rank_alone_has_everything_itself():
     alone = SimpleNamespace(_trainer=None)
-    losses, carries = torch.rand(3, 2), {"": Carry(*TENSORS, None)}
+    losses = torch.rand(3, 2)
     assert world_size(alone) == 1
     assert all_slots(alone, losses) is losses
-    assert gather_carries(alone, carries) is carries
     check_same_phi(alone)
 
 
@@ -68,14 +66,6 @@ class Module(nn.Module):
         self.phi = nn.Parameter(torch.tensor([1.0, 2.0]))
         self._trainer = self.trainer = SimpleNamespace(world_size=2, global_rank=rank, datamodule=datamodule)
         self.global_step = 7
-
-
-def carry(slots, size):
-    """One whose numbers say which slot it is."""
-    numbers = torch.tensor([float(slot) for slot in slots])
-    return Carry(
-        numbers[:, None].expand(-1, size), {"memory": (numbers[:, None, None],)}, numbers, numbers > 2
-    )
 
 
 def work(rank, file):
@@ -91,27 +81,6 @@ def work(rank, file):
     cut = Module(rank, make_data(valid_tasks=3))
     assert torch.equal(all_slots(cut, losses), joined[:, :3])
 
-    every_rank = {"a": carry([2 * rank, 2 * rank + 1], 3), "b": carry([rank], 1)}
-    both = gather_carries(module, every_rank)
-    groups = gather_carries(module, {"ab"[rank]: carry([4, 5, 6], rank + 1)})
-    one_family = gather_carries(module, {"": carry([rank], 2)})
-    if rank == 1:
-        assert both is groups is one_family is None
-    else:
-        for ours, slots, size in (
-            (both["a"], range(4), 3),
-            (both["b"], range(2), 1),
-            (groups["a"], [4, 5, 6], 1),
-            (groups["b"], [4, 5, 6], 2),
-            (one_family[""], range(2), 2),
-        ):
-            expected = carry(slots, size)
-            assert torch.equal(ours.theta, expected.theta)
-            assert torch.equal(ours.state["memory"][0], expected.state["memory"][0])
-            assert torch.equal(ours.start_loss, expected.start_loss)
-            assert torch.equal(ours.diverged, expected.diverged)
-        assert list(both) == list(groups) == ["a", "b"]
-
     check_same_phi(module)
     with torch.no_grad():
         module.phi[1] += rank * 2**-22  # the last bit
@@ -120,7 +89,7 @@ def work(rank, file):
     torch.distributed.destroy_process_group()
 
 
-def test_two_ranks_gather_slots_and_notice_another_phi(tmp_path):
+def test_two_ranks_gather_losses_and_notice_another_phi(tmp_path):
     code = "import sys, test_ranks; test_ranks.work(int(sys.argv[1]), sys.argv[2])"
     tests = Path(__file__).parents[1]
     path = {"PYTHONPATH": ":".join(map(str, (tests.parent, tests, tests / "training")))}

@@ -101,8 +101,10 @@ class Checkpoints(Checkpoint):
             self.dirpath = Path(trainer.default_root_dir) / "checkpoints"
         if trainer.is_global_zero and self.dirpath.is_dir():
             tidy(self.dirpath)
-        if self.interruption is not None and not trainer.is_global_zero:
-            self.interruption.job = None  # one rank is enough to ask SLURM when the job ends
+        if self.interruption is not None:
+            self.interruption.remember()
+            if not trainer.is_global_zero:
+                self.interruption.job = None  # one rank is enough to ask SLURM when the job ends
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock, and take over the signals: Lightning has put its own handlers there by now.
@@ -112,9 +114,9 @@ class Checkpoints(Checkpoint):
         """
         if trainer.num_training_batches <= trainer.accumulate_grad_batches and not trainer.enable_validation:
             raise ValueError(
-                f"data.windows_per_epoch ({trainer.num_training_batches}) must be more than one meta-step "
-                "where there is no validation (trainer.limit_val_batches): checkpoints are written between the "
-                "meta-steps of an epoch, or after a validation"
+                f"data.windows_per_epoch ({trainer.num_training_batches}) must be more than one "
+                "meta-step where there is no validation (trainer.limit_val_batches): checkpoints are written "
+                "between the meta-steps of an epoch, or after a validation"
             )
         self._began_at = time.monotonic()
         if self.interruption is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -77,10 +78,12 @@ def last_whole(folder: Path, read: Callable[[Path], T], quiet: bool = False) -> 
 
 def point_to(path: Path) -> None:
     """Let the link ``last`` beside a checkpoint point to it; there is no moment without a link."""
-    beside = path.with_name(f".{LAST}.draft")
+    link, beside = path.with_name(LAST), path.with_name(f".{LAST}.draft")
+    if link.is_dir() and not link.is_symlink():  # a copied run folder whose links were followed
+        shutil.rmtree(link)
     beside.unlink(missing_ok=True)
     beside.symlink_to(path.name)
-    beside.replace(path.with_name(LAST))
+    beside.replace(link)
 
 
 def prune(folder: Path, keep: Iterable[str], spare: Iterable[str] = ()) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
 from l2l_scale.training.checkpoints import folder as files
@@ -28,18 +28,12 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written."""
 
 
-class CheckpointFolders(CheckpointIO):
-    """Checkpoints of this package for Lightning's trainer. Loading verifies every file."""
+class CheckpointFolders(TorchCheckpointIO):
+    """Reads checkpoints of this package for Lightning's trainer, and verifies every file.
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
-    ) -> None:
-        """Not to be used: only rank 0 is asked by Lightning.
-
-        Raises:
-            RuntimeError: always.
-        """
-        raise RuntimeError("use l2l_scale.training.Trainer: checkpoints are written by all ranks together")
+    They are written by :func:`save_together`, because Lightning asks rank 0 only. What it writes for itself,
+    to hand φ on from a process that it forked, stays a file.
+    """
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
@@ -50,6 +44,9 @@ class CheckpointFolders(CheckpointIO):
             DamagedError: on all ranks, if it is damaged on any, or none in the folder is whole.
         """
         path = Path(path)
+        if path.is_file():
+            content: dict[str, Any] = files.read_tensors(path)
+            return content
         if path.name != shelf.LAST:
             return _load(path)
         return shelf.last_whole(path.parent, _load, quiet=_rank() > 0)[1]
@@ -58,6 +55,8 @@ class CheckpointFolders(CheckpointIO):
         """Delete a checkpoint."""
         if Path(path).is_dir():
             files.discard(Path(path))
+        else:
+            super().remove_checkpoint(path)
 
 
 def save_together(content: dict[str, Any], path: Path, texts: Mapping[str, str]) -> None:

@@ -117,8 +117,7 @@ def predict(
     choice = choose_kernel(model.rule, backend, machine.device, machine.dtype)
     coordinates = coordinates_of(data, largest_seats(data, machine.world_size))
     live = LiveBytes(shared=on_cpu)
-    ranks = machine.world_size, machine.ranks_per_node
-    state = rehearse(model, data, choice.compute, machine.dtype, live, *ranks)
+    state = rehearse(model, data, choice.compute, machine.dtype, live, machine.world_size)
     parts = Counter({"process itself": process, "data set": decoded, **pool_bytes(data, live)})
     if not on_cpu:
         parts[_CONTEXT] = CUDA_CONTEXT["host"]

@@ -38,7 +38,6 @@ def rehearse(
     dtype: torch.dtype,
     live: LiveBytes,
     world_size: int,
-    ranks_per_node: int,
 ) -> int:
     """Rehearse a window of training, validation, a second window, and a checkpoint.
 
@@ -48,8 +47,7 @@ def rehearse(
         accelerate: how the rule will be computed, for a copy of it on the meta device.
         dtype: of θ.
         live: counts.
-        world_size: ranks, whose slots a checkpoint gathers.
-        ranks_per_node: that share the memory of the rank which writes it.
+        world_size: ranks that share the slots.
 
     Returns:
         bytes of what survives a window.
@@ -75,7 +73,7 @@ def rehearse(
         for name in module.valid_families:
             _validate(module, _Draw(live, data, Split.VALID, name, tasks, 1.0, dtype), data, live)
         size = _train(module, adam, draws, 1, live)
-        _checkpoint(module.carries, live, world_size, ranks_per_node)
+        _checkpoint(module.carries, live)
     return size
 
 
@@ -192,13 +190,8 @@ def _validate(module: MetaTraining, draw: _Draw, data: WindowData, live: LiveByt
         module.on_validation_epoch_end()
 
 
-def _checkpoint(carries: Tree, live: LiveBytes, world_size: int, ranks_per_node: int) -> None:
-    """Rank 0 gathers all slots and puts the file together; counted as shares of its node's ranks."""
+def _checkpoint(carries: Tree, live: LiveBytes) -> None:
+    """Every rank puts a copy of its slots on the host, to write them."""
     live.phase = CHECKPOINT
-    size = sum(leaf.nbytes for leaf in tree_leaves(carries)) * world_size // ranks_per_node
-    with live.counting(Tag("host", "all ranks' slots")):
-        # As they arrive, as tensors again, and joined.
-        gathered = torch.empty(3 * size if world_size > 1 else 0, dtype=torch.uint8, device=META)
     with live.counting(Tag("host", "checkpoint")):
-        _ = torch.empty(size, dtype=torch.uint8, device=META)
-    del gathered
+        _ = torch.empty(sum(leaf.nbytes for leaf in tree_leaves(carries)), dtype=torch.uint8, device=META)

@@ -136,7 +136,7 @@ def watch(leader: int, checkpoints: Path, kill: Kill | None, limit: float) -> En
         status = _kill(leader, 0.0 if kill is None else kill.stagger)
     seconds = time.perf_counter() - began
     left = 0 if killed else _wait_for_descendants()
-    _kill_descendants()
+    kill_descendants()
     assert status is not None
     return Ending(os.waitstatus_to_exitcode(status), killed, seconds, left)
 
@@ -147,6 +147,15 @@ def hidden(checkpoints: Path) -> dict[str, int]:
         return {entry.name: entry.inode() for entry in os.scandir(checkpoints) if entry.name[:6] == ".step-"}
     except FileNotFoundError:
         return {}
+
+
+def kill_descendants() -> None:
+    """Until there are none: one that dies may just have started another."""
+    while left := _living():
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        time.sleep(0.005)
 
 
 def _command(arguments: list[str]) -> int:
@@ -219,15 +228,6 @@ def _wait_for_descendants() -> int:
     while (left := _living()) and time.perf_counter() < deadline:
         time.sleep(0.02)
     return len(left)
-
-
-def _kill_descendants() -> None:
-    """Until there are none: one that dies may just have started another."""
-    while left := _living():
-        for process in left:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        time.sleep(0.005)
 
 
 def _living() -> list[psutil.Process]:

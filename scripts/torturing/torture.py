@@ -18,7 +18,7 @@ from compare import damage, differences
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from starts import Ending, Kill, Setting, adopt_orphans, hidden, start, watch
+from starts import Ending, Kill, Setting, adopt_orphans, hidden, kill_descendants, start, watch
 
 from l2l_scale.cli import fit  # noqa: F401 - imported once, here, for all runs
 from l2l_scale.training.checkpoints.shelf import has_checkpoint
@@ -69,6 +69,7 @@ class Torture:
                     bar = progress.add_task("", total=self.kills)
                     self._kill_runs(lambda: self._show(progress, bar))
         finally:
+            kill_descendants()  # after Ctrl-C
             shutil.rmtree(self.ray, ignore_errors=True)
         return self._report()
 

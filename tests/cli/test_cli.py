@@ -14,7 +14,8 @@ import pytest
 
 from l2l_scale.cli.main import COMMANDS, main
 from l2l_scale.cli.run_folder import RUN_DIR_VARIABLE, choose_folder
-from l2l_scale.run_record import read_record, write_record
+from l2l_scale.run_record import read_record
+from l2l_scale.training.run_state import write_record
 
 ROOT = Path(__file__).parents[2]
 SMOKE = str(ROOT / "configs" / "smoke.yaml")

@@ -58,11 +58,13 @@ class Kill(NamedTuple):
     """A moment."""
 
     after: float
-    """Seconds after the start."""
+    """Seconds after the start,"""
+    meta_step: int
+    """and there is a checkpoint of this meta-step or a later one;"""
     writing: bool
-    """Wait then until a hidden folder appears among the checkpoints,"""
+    """and a hidden folder appears among the checkpoints then;"""
     delay: float
-    """and so many seconds more."""
+    """and so many seconds have passed."""
     stagger: float
     """Longest time between the deaths of two processes; 0: all at once."""
 
@@ -119,18 +121,14 @@ def watch(leader: int, checkpoints: Path, kill: Kill | None, limit: float) -> En
         kill: when; None lets it live.
         limit: seconds after which a run hangs; then it is killed too.
     """
-    began, status = time.perf_counter(), None
-    until = limit if kill is None else kill.after
-    while status is None and time.perf_counter() - began < until:
-        time.sleep(min(0.005, max(until - (time.perf_counter() - began), 0)))
-        status = _status(leader)
-    if status is None and kill is not None and kill.writing:
-        status = _await_writing(leader, checkpoints, began + limit)
+    began = time.perf_counter()
+    status = _await(leader, checkpoints, kill, limit)
+    if status is None and kill is not None:
+        if kill.writing:
+            status = _await_writing(leader, checkpoints, began + limit)
         moment = time.perf_counter() + kill.delay
-        while time.perf_counter() < moment:
-            pass
-    if status is None:
-        status = _status(leader)
+        while status is None and time.perf_counter() < moment:
+            status = _status(leader)
     killed = status is None
     if killed:
         status = _kill(leader, 0.0 if kill is None else kill.stagger)
@@ -147,6 +145,16 @@ def hidden(checkpoints: Path) -> dict[str, int]:
         return {entry.name: entry.inode() for entry in os.scandir(checkpoints) if entry.name[:6] == ".step-"}
     except FileNotFoundError:
         return {}
+
+
+def meta_step(checkpoints: Path) -> int:
+    """That of the newest checkpoint; 0 if there is none."""
+    try:
+        return max(
+            (int(entry.name[5:]) for entry in os.scandir(checkpoints) if entry.name[:5] == "step-"), default=0
+        )
+    except FileNotFoundError:
+        return 0
 
 
 def kill_descendants() -> None:
@@ -192,6 +200,18 @@ def _status(process: int) -> int | None:
     """The wait status of a child; None while it lives."""
     found, status = os.waitpid(process, os.WNOHANG)
     return status if found else None
+
+
+def _await(leader: int, checkpoints: Path, kill: Kill | None, limit: float) -> int | None:
+    """Wait until time and progress are as ``kill`` says; the wait status if the run ends before."""
+    began, status = time.perf_counter(), None
+    while status is None and (passed := time.perf_counter() - began) < limit:
+        if kill is not None and passed >= kill.after and meta_step(checkpoints) >= kill.meta_step:
+            return None
+        rest = 0.0 if kill is None else kill.after - passed
+        time.sleep(min(0.002, rest) if rest > 0 else 0.002)
+        status = _status(leader)
+    return status
 
 
 def _await_writing(leader: int, checkpoints: Path, deadline: float) -> int | None:

@@ -18,7 +18,7 @@ from compare import damage, differences
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from starts import Ending, Kill, Setting, adopt_orphans, hidden, kill_descendants, start, watch
+from starts import Ending, Kill, Setting, adopt_orphans, hidden, kill_descendants, meta_step, start, watch
 
 from l2l_scale.cli import fit  # noqa: F401 - imported once, here, for all runs
 from l2l_scale.training.checkpoints.shelf import has_checkpoint
@@ -27,6 +27,8 @@ WRITING = 0.5
 """The share of kills that wait for a checkpoint to be written."""
 DELAYS = (1e-5, 3e-2)
 """Seconds after that, log-uniform."""
+BEYOND = 1.25
+"""Moments are drawn over what is left of a run's life, and so much more: some runs must get to their ends."""
 STAGGER = 5e-3
 """With several ranks, half of the kills take their processes one by one, at most so many seconds apart."""
 MAX_FAILURES = 5
@@ -51,7 +53,9 @@ class Torture:
         self.differences: list[str] = []
         self.failures: list[str] = []
         self.life = math.inf
-        """Seconds that a run takes undisturbed."""
+        """Seconds that a run takes undisturbed,"""
+        self.start_up = math.inf
+        """and until its training begins."""
         self.console = Console(width=None if sys.stdout.isatty() else 110)
 
     def run(self) -> int:
@@ -81,10 +85,13 @@ class Torture:
             if ending.code != 0:
                 return False
             self.life = min(self.life, ending.seconds)
+            first = (folder / "config.yaml").stat().st_mtime  # it is written when training begins
+            self.start_up = min(self.start_up, ending.seconds - (folder / "run.json").stat().st_mtime + first)
         if found := differences(one, two):
             self._fail(f"two undisturbed runs, {one} and {two}, differ in {', '.join(found)}")
             return False
-        self.console.print(f"undisturbed, a run takes {self.life:.1f} s", highlight=False)
+        text = f"undisturbed, a run takes {self.life:.1f} s, {self.start_up:.1f} s of them to start"
+        self.console.print(text, highlight=False)
         return True
 
     def _kill_runs(self, show: Callable[[], None]) -> None:
@@ -101,7 +108,7 @@ class Torture:
     def _go_on(self, folder: Path) -> bool:
         """Start a run again; whether it got to its end."""
         checkpoints = folder / "checkpoints"
-        kill = self._draw() if self.counts["kills"] < self.kills else None
+        kill = self._draw(meta_step(checkpoints)) if self.counts["kills"] < self.kills else None
         before, resumes = hidden(checkpoints), has_checkpoint(checkpoints)
         ending = self._start(folder, kill, resumes=True, limit=60 + 10 * self.life)
         shutil.rmtree(self.ray / "ray", ignore_errors=True)
@@ -134,12 +141,22 @@ class Torture:
         """What the last start of a run said."""
         return folder.with_name(f"{folder.name}.log")
 
-    def _draw(self) -> Kill:
-        """A moment."""
-        draw = self.random
+    def _draw(self, done: int) -> Kill:
+        """A moment in what is left of a run's life after so many meta-steps.
+
+        In training it is told by progress, not by time: the machine may be busy with other things.
+        """
+        draw, per_step = self.random, (self.life - self.start_up) / self.setting.meta_steps
+        left = self.start_up + per_step * (self.setting.meta_steps - done)
+        moment = draw.uniform(0, BEYOND * left)
+        writing = draw.random() < WRITING
         delay = math.exp(draw.uniform(*map(math.log, DELAYS)))
         stagger = STAGGER * (self.setting.ranks > 1 and draw.random() < 0.5)
-        return Kill(draw.uniform(0, self.life), draw.random() < WRITING, delay, stagger)
+        if moment < self.start_up:
+            return Kill(moment, 0, writing, delay, stagger)
+        step = done + (moment - self.start_up) / per_step
+        delay = delay if writing else draw.uniform(0, 3 * per_step)  # checkpoints are three meta-steps apart
+        return Kill(0.0, math.ceil(step), writing, delay, stagger)
 
     def _count(self, text: str, left: list[str]) -> None:
         """Take note of a kill: what the run had said, what it left hidden."""

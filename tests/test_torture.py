@@ -32,7 +32,11 @@ def torture(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kills", "options"),
-    [(10, ["--meta_steps", "100"]), (2, ["--meta_steps", "50", "--ranks", "2"]), (2, ["--fresh"])],
+    [
+        (10, ["--meta_steps", "100"]),
+        (2, ["--meta_steps", "50", "--ranks", "2"]),
+        (1, ["--meta_steps", "50", "--fresh"]),
+    ],
     ids=["1 rank", "2 ranks", "fresh interpreters"],
 )
 def test_killed_runs_come_out_as_undisturbed_ones(kills, options):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ from l2l_scale.training.checkpoints.folder import (
 )
 from l2l_scale.training.checkpoints.shelf import LAST
 
+WAITED = "train/waited"
+"""The only metric that is a time."""
 _ABSENT = object()
 
 
@@ -66,12 +69,24 @@ def _run(folder: Path) -> Iterator[tuple[str, Any]]:
     record = read_record(folder)
     for key in ("state", "meta_step", "best"):
         yield f"run.json: {key}", json.dumps(record[key])  # type: ignore[literal-required]
-    training = read_tensors(last / TRAINING)
-    for name in ("pytorch-lightning_version", "hparams_name"):
-        training.pop(name, None)
-    yield from _flat(training, "checkpoint")
+    yield from _metrics(folder)
+    yield from _flat(read_tensors(last / TRAINING), "checkpoint")
     for file in sorted(last.glob("slots-*")):
         yield from _flat(read_tensors(file), file.name)
+
+
+def _metrics(folder: Path) -> Iterator[tuple[str, str]]:
+    """What was logged at which meta-step, in any start of the run; of what was logged twice, the last."""
+    pieces = [*folder.glob("metrics-*.csv"), folder / "metrics.csv"]
+    values: dict[str, str] = {}
+    for path in sorted(pieces, key=lambda path: path.stat().st_mtime):
+        with path.open() as file:
+            for row in csv.DictReader(file):
+                step = row.pop("step")
+                values |= {
+                    f"{name} at {step}": value for name, value in row.items() if value and name != WAITED
+                }
+    yield from values.items()
 
 
 def _flat(tree: Any, path: str) -> Iterator[tuple[str, Any]]:

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from l2l_scale.cli.experiment import Experiment
 from l2l_scale.cli.export import export_rule
 from l2l_scale.cli.loggers import all_loggers, ending, give_folder, log_rule, take_folder, wandb_runs
-from l2l_scale.cli.run_folder import choose_folder, empty, find_checkpoint, keep_metrics, occupied
+from l2l_scale.cli.run_folder import METRICS, choose_folder, empty, find_checkpoint, keep_metrics, occupied
 from l2l_scale.cli.stopping import stop_here
 from l2l_scale.deploy import classes_of
 from l2l_scale.files import write_atomically
@@ -95,12 +95,14 @@ class Fit(Experiment):
         if self.config.check_memory and trainer.local_rank == 0:  # once per host: it counts all its ranks
             check_memory(self.model, self.datamodule, machine_of(trainer))
         with occupied(self.folder) if trainer.is_global_zero else nullcontext():
-            if trainer.is_global_zero:
-                keep_metrics(self.folder)  # before Lightning sets its logger up, which deletes them
+            # Before Lightning sets its logger up, which deletes them.
+            kept = keep_metrics(self.folder) if trainer.is_global_zero else None
             with ending(trainer.loggers), self.run_state:
                 self.fit(trainer)
                 if trainer.is_global_zero:
                     if self.run_state.record is None:  # nothing was left to train: killed at its very end
+                        if kept is not None:
+                            kept.rename(self.folder / METRICS)
                         self.begin()
                         self.run_state.on_train_start(trainer, self.model)
                     self.finish(time.perf_counter() - started)

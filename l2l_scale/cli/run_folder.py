@@ -14,6 +14,8 @@ from l2l_scale.run_record import RUN_FILE
 
 PATIENCE = 20.0
 """Seconds to wait for a process that is about to end, as after requeueing."""
+METRICS = "metrics.csv"
+"""What the logger writes."""
 RUN_DIR_VARIABLE = "L2L_SCALE_RUN_DIR"  # how the processes that Lightning starts learn the folder
 
 
@@ -80,13 +82,16 @@ def occupied(folder: Path) -> Iterator[None]:
         yield
 
 
-def keep_metrics(folder: Path) -> None:
-    """Put the metrics of a run that is resumed out of the way: the logger starts its file anew."""
-    metrics, number = folder / "metrics.csv", 1
+def keep_metrics(folder: Path) -> Path | None:
+    """Put the metrics of a run that is resumed out of the way: the logger starts its file anew.
+
+    Returns:
+        Where they are then, if there were any.
+    """
+    metrics, number = folder / METRICS, 1
     while (kept := folder / f"metrics-{number}.csv").exists():
         number += 1
-    if metrics.exists():
-        metrics.rename(kept)
+    return metrics.rename(kept) if metrics.exists() else None
 
 
 def empty(folder: Path) -> None:

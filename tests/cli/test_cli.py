@@ -128,7 +128,9 @@ def test_run_that_was_killed_after_its_last_checkpoint_is_finished_by_resuming(c
     main(["fit", "-c", str(copied / "config.yaml"), "--run_dir", str(copied), "--ckpt_path", "last"])
     assert read_record(copied)["state"] == "finished"
     assert read_record(copied)["best"] == read_record(trained)["best"]
-    assert (copied / "rule.safetensors").read_bytes() == (trained / "rule.safetensors").read_bytes()
+    for name in ("rule.safetensors", "metrics.csv"):
+        assert (copied / name).read_bytes() == (trained / name).read_bytes()
+    assert not (copied / "metrics-1.csv").exists()
 
 
 @pytest.mark.parametrize(

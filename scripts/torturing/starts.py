@@ -61,8 +61,8 @@ class Kill(NamedTuple):
     """Seconds after the start,"""
     meta_step: int
     """and there is a checkpoint of this meta-step or a later one;"""
-    writing: bool
-    """and a hidden folder appears among the checkpoints then;"""
+    writing: str
+    """and a hidden folder "appears" among the checkpoints then, or "vanishes" too; empty: or not;"""
     delay: float
     """and so many seconds have passed."""
     stagger: float
@@ -125,7 +125,7 @@ def watch(leader: int, checkpoints: Path, kill: Kill | None, limit: float) -> En
     status = _await(leader, checkpoints, kill, limit)
     if status is None and kill is not None:
         if kill.writing:
-            status = _await_writing(leader, checkpoints, began + limit)
+            status = _await_writing(leader, checkpoints, kill.writing == "vanishes", began + limit)
         moment = time.perf_counter() + kill.delay
         while status is None and time.perf_counter() < moment:
             status = _status(leader)
@@ -214,12 +214,13 @@ def _await(leader: int, checkpoints: Path, kill: Kill | None, limit: float) -> i
     return status
 
 
-def _await_writing(leader: int, checkpoints: Path, deadline: float) -> int | None:
-    """Wait until a hidden folder appears; the wait status if the run ends before."""
-    before = hidden(checkpoints)
+def _await_writing(leader: int, checkpoints: Path, vanishes: bool, deadline: float) -> int | None:
+    """Wait until a hidden folder appears, and vanishes if asked; the wait status if the run ends before."""
+    before, appeared = hidden(checkpoints), False
     while time.perf_counter() < deadline:
         now = hidden(checkpoints)
-        if now.items() - before.items():
+        appeared = appeared or bool(now.items() - before.items())
+        if appeared and not (vanishes and now):
             return None
         before = now
         if (status := _status(leader)) is not None:

@@ -118,7 +118,7 @@ class Torture:
         self.counts["fallbacks to an older one"] += "which is whole" in text
         if ending.killed and kill is not None:
             left = hidden(checkpoints).items() - before.items()
-            self._count(text, [name for name, _ in left])
+            self._count(text, kill, [name for name, _ in left])
             for problem in damage(checkpoints):
                 self._fail(f"after kill {self.counts['kills']}: {problem}")
         return ending.code == 0 and not ending.killed
@@ -149,7 +149,7 @@ class Torture:
         draw, per_step = self.random, (self.life - self.start_up) / self.setting.meta_steps
         left = self.start_up + per_step * (self.setting.meta_steps - done)
         moment = draw.uniform(0, BEYOND * left)
-        writing = draw.random() < WRITING
+        writing = draw.choice(("appears", "vanishes")) if draw.random() < WRITING else ""
         delay = math.exp(draw.uniform(*map(math.log, DELAYS)))
         stagger = STAGGER * (self.setting.ranks > 1 and draw.random() < 0.5)
         if moment < self.start_up:
@@ -158,11 +158,13 @@ class Torture:
         delay = delay if writing else draw.uniform(0, 3 * per_step)  # checkpoints are three meta-steps apart
         return Kill(0.0, math.ceil(step), writing, delay, stagger)
 
-    def _count(self, text: str, left: list[str]) -> None:
+    def _count(self, text: str, kill: Kill, left: list[str]) -> None:
         """Take note of a kill: what the run had said, what it left hidden."""
         self.counts["kills"] += 1
         ended, trained = "meta-training took" in text, "run folder" in text
-        phase = "writing" if left else "end" if ended else "training" if trained else "start-up"
+        phase = (
+            "writing" if left or kill.writing else "end" if ended else "training" if trained else "start-up"
+        )
         self.counts[phase] += 1
         self.counts["left a draft"] += any(name.endswith(".draft") for name in left)
         self.counts["left a checkpoint aside"] += any(name.endswith(".old") for name in left)

@@ -3,7 +3,7 @@
 The smoke configuration is trained twice in peace. Then the same run is started with `--ckpt_path last`, and
 it and all processes that it started (ranks, Ray, actors) are killed by SIGKILL: at a moment drawn uniformly
 over what is left of its life, start-up and resumption included, or, half of the time, just after a hidden
-folder appears or vanishes then among its checkpoints, that is while one is written or deleted. After every kill
+folder appears or vanishes among its checkpoints, that is while one is written or deleted. After every kill
 all checkpoints that are there must be whole. It is started again until it gets to its end. Then the last
 checkpoint (φ, Adam, schedule, counters, all slots in flight, the best φ), the exported rule and run.json must
 be those of the undisturbed run, bit for bit; and a new run starts, until there were enough kills.

@@ -187,7 +187,7 @@ class Torture:
     def _show(self, progress: Progress, bar: object) -> None:
         """Progress, and a line now and then where there is no terminal."""
         progress.update(bar, completed=min(self.counts["kills"], self.kills), refresh=True)  # type: ignore[arg-type]
-        if not self.console.is_terminal and self.counts["kills"] % 20 == 0:
+        if not self.console.is_terminal and self.counts["kills"] % max(self.kills // 10, 1) == 0:
             left = progress.tasks[0].time_remaining
             runs = f"{self.counts['runs finished']} runs finished"
             text = f"{self.counts['kills']} of {self.kills} kills, {runs}, {left or 0:.0f} s left"

@@ -198,6 +198,14 @@ class RunFolder(Callback):
         print(self.fit.headline(), flush=True)
         self.fit.begin_logging()
 
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """A run that was stopped in good order has not failed."""
+        if isinstance(exception, Stopped):
+            for run in wandb_runs(trainer.loggers):
+                run.mark_preempted()
+
 
 def check_rhythm(max_steps: int, windows_per_epoch: int, windows_per_step: int) -> None:
     """Validation comes at the ends of epochs, so a run must end with one.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 import warnings
@@ -20,8 +21,15 @@ from lightning.pytorch.utilities import rank_zero_only
 from l2l_scale.cli.experiment import Experiment
 from l2l_scale.cli.export import export_rule
 from l2l_scale.cli.loggers import all_loggers, ending, give_folder, log_rule, take_folder, wandb_runs
-from l2l_scale.cli.run_folder import choose_folder, empty, find_checkpoint, keep_metrics, occupied
-from l2l_scale.cli.stopping import stop_here
+from l2l_scale.cli.run_folder import (
+    choose_folder,
+    empty,
+    find_checkpoint,
+    keep_metrics,
+    launched_by_lightning,
+    occupied,
+)
+from l2l_scale.cli.stopping import end_with_parent, stop_here
 from l2l_scale.deploy import classes_of
 from l2l_scale.files import write_atomically
 from l2l_scale.training import Checkpoints, MetaStepBar, PaceReport, Stopped, Trainer, TrajectoryMetrics
@@ -243,4 +251,6 @@ def run(arguments: list[str]) -> None:
     warnings.filterwarnings("ignore", category=PossibleUserWarning)  # advice that does not fit our loaders
     warnings.filterwarnings("ignore", message=".*directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+    if launched_by_lightning(os.environ):
+        end_with_parent()
     Fit(arguments).train()

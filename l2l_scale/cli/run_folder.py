@@ -12,7 +12,8 @@ from filelock import FileLock, Timeout
 
 from l2l_scale.run_record import RUN_FILE
 
-PATIENCE = 20.0
+LOCK = ".lock"
+PATIENCE = 10.0
 """Seconds to wait for a process that is about to end, as after requeueing."""
 RUN_DIR_VARIABLE = "L2L_SCALE_RUN_DIR"  # how the processes that Lightning starts learn the folder
 
@@ -67,7 +68,8 @@ def occupied(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: if another one does, and does not end within seconds.
     """
-    lock = FileLock(folder / ".lock", timeout=PATIENCE)
+    lock, missing = FileLock(folder / LOCK, timeout=PATIENCE), [folder, *folder.parents]
+    missing = [path for path in missing if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         holder = lock.acquire()
@@ -77,7 +79,13 @@ def occupied(folder: Path) -> Iterator[None]:
             "Wait for it, stop it, or choose another folder"
         ) from error
     with holder:
-        yield
+        try:
+            yield
+        finally:
+            if list(folder.iterdir()) == [folder / LOCK]:  # it was refused before it started: nothing is left
+                (folder / LOCK).unlink()
+                for path in missing:
+                    path.rmdir()
 
 
 def keep_metrics(folder: Path) -> None:

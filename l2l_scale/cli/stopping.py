@@ -1,10 +1,12 @@
-"""The end of a run that was stopped: what is said, whether it is queued again, and its exit code."""
+"""How a run ends before its end: what is said, whether it is queued again, and its exit code."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,6 +18,18 @@ from l2l_scale.training.slurm_job import SlurmJob
 REQUEUED = 75
 """Exit code of a run that was saved and goes on later by itself (EX_TEMPFAIL)."""
 _SIGNALS = {Reason.INTERRUPT: signal.SIGINT, Reason.USR1: signal.SIGUSR1, Reason.TERM: signal.SIGTERM}
+
+
+def end_with_parent() -> None:
+    """Let this process, which Lightning started, not outlive the one that did, however that ends."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="parent-observer").start()
 
 
 def exit_code(reason: Reason, in_slurm: bool) -> int:

@@ -17,7 +17,6 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +30,7 @@ FORMAT = "l2l_scale.checkpoint"
 VERSION = 1
 MANIFEST = "manifest.json"
 TRAINING = "training.pt"
+_FIELDS = ("files", "serial", "meta_step", "versions")
 _CHUNK = 1 << 22
 """Bytes read at once."""
 
@@ -152,14 +152,18 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise DamagedError(f"{path / MANIFEST} cannot be read ({error})") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise DamagedError(f"{path} is not a checkpoint of l2l_scale")
-    if manifest.get("version", 0) > VERSION:
+        raise DamagedError(f"{path} is not a checkpoint of l2l_scale, by its {MANIFEST}")
+    version = manifest.get("version")
+    if isinstance(version, int) and version > VERSION:
         raise DamagedError(
-            f"{path} has format version {manifest['version']}, and this l2l_scale knows up to {VERSION}; it "
-            f"was written by l2l_scale {manifest.get('versions', {}).get('l2l_scale')}: upgrade to that"
+            f"{path} has format version {version}, and this l2l_scale knows up to {VERSION}; it was written by "
+            f"l2l_scale {manifest.get('versions', {}).get('l2l_scale')}: upgrade to that"
         )
     if manifest.pop("sha256", None) != _digest(manifest):
         raise DamagedError(f"{path / MANIFEST} is damaged (its checksum does not match)")
+    missing = [name for name in _FIELDS if name not in manifest] or {TRAINING} - manifest["files"].keys()
+    if missing:
+        raise DamagedError(f"{path / MANIFEST} lacks {', '.join(missing)}")
     return manifest
 
 
@@ -196,7 +200,7 @@ def read_tensors(path: Path, mapped: bool = False) -> Any:
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # on made-up content torch stumbles in many ways
         reason = (str(error) or repr(error)).splitlines()[0]
         raise DamagedError(f"{path} cannot be read as tensors and plain types: {reason}") from error
 

@@ -22,6 +22,7 @@ from l2l_scale.tree import tree_map
 T = TypeVar("T")
 LOADED_FROM = "loaded_from"
 """Below KEY, in what was loaded: the path of the checkpoint that it came from."""
+_OF_LIGHTNING = {"pytorch-lightning_version", "state_dict", "loops", "global_step"}
 
 
 class CheckpointError(RuntimeError):
@@ -133,11 +134,11 @@ def _load(path: Path) -> dict[str, Any]:
 
     def read() -> dict[str, Any]:
         content: dict[str, Any] = files.read_tensors(path / files.TRAINING)
+        if not isinstance(content, dict) or not content.keys() >= _OF_LIGHTNING:
+            raise DamagedError(f"{path / files.TRAINING} is no checkpoint of a run")
         if KEY in content:
             parts = sorted(name for name in manifest["files"] if name.startswith("slots-"))
-            content[KEY][SLOTS] = [
-                piece for name in parts for piece in files.read_tensors(path / name, mapped=True)
-            ]
+            content[KEY][SLOTS] = [piece for name in parts for piece in _read_slots(path / name)]
             content[KEY][LOADED_FROM] = str(path)
         return content
 
@@ -151,6 +152,22 @@ def _load(path: Path) -> dict[str, Any]:
         text = "; ".join(f"{name} {difference}" for name, difference in changed.items())
         warnings.warn(f"{path} was written with other versions: {text}. Bits may differ", stacklevel=2)
     return _all_or_none(read)
+
+
+def _read_slots(path: Path) -> list[dict[str, Any]]:
+    """What one rank had in flight.
+
+    Raises:
+        DamagedError: if there is anything else in the file.
+    """
+    pieces: list[dict[str, Any]] = files.read_tensors(path, mapped=True)
+    if not isinstance(pieces, list) or not all(
+        isinstance(piece, dict) and piece.keys() >= {"first", "leaves"}
+        for rank in pieces
+        for piece in (rank.values() if isinstance(rank, dict) else [rank])
+    ):
+        raise DamagedError(f"{path} holds no slots")
+    return pieces
 
 
 def _all_or_none(function: Callable[[], T]) -> T:

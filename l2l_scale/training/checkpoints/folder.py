@@ -30,6 +30,8 @@ FORMAT = "l2l_scale.checkpoint"
 VERSION = 1
 MANIFEST = "manifest.json"
 TRAINING = "training.pt"
+LINK_DRAFT = ".last.draft"
+"""A link that is about to replace the one to the last checkpoint."""
 _FIELDS = ("files", "serial", "meta_step", "versions")
 _CHUNK = 1 << 22
 """Bytes read at once."""
@@ -103,7 +105,12 @@ def commit(path: Path, entries: Mapping[str, Entry], notes: Mapping[str, Any]) -
     shutil.rmtree(aside, ignore_errors=True)
     if path.is_dir():
         path.rename(aside)
-    draft.rename(path)
+    try:
+        draft.rename(path)
+    except OSError:
+        if aside.is_dir():
+            aside.rename(path)
+        raise
     flush_folder(path.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
@@ -118,14 +125,24 @@ def discard(path: Path) -> None:
 
 def tidy(folder: Path) -> None:
     """Delete what interrupted writing and deleting left in a folder, and finish interrupted replacing."""
+    waiting = orphans(folder)
     for aside in folder.glob(".step-*.old"):
-        place = folder / aside.name.removeprefix(".").removesuffix(".old")
-        if place.exists():
+        if aside in waiting:
+            aside.rename(_place_of(aside))
+        else:
             shutil.rmtree(aside, ignore_errors=True)
-        else:  # the new one was not in its place yet
-            aside.rename(place)
     for draft in folder.glob(".step-*.draft"):
         shutil.rmtree(draft, ignore_errors=True)
+    (folder / LINK_DRAFT).unlink(missing_ok=True)
+
+
+def orphans(folder: Path) -> list[Path]:
+    """Checkpoints that wait for another one to take their place, which did not get there."""
+    return [aside for aside in folder.glob(".step-*.old") if not _place_of(aside).exists()]
+
+
+def _place_of(aside: Path) -> Path:
+    return aside.with_name(aside.name.removeprefix(".").removesuffix(".old"))
 
 
 def flush_folder(folder: Path) -> None:
@@ -156,8 +173,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     version = manifest.get("version")
     if isinstance(version, int) and version > VERSION:
         raise DamagedError(
-            f"{path} has format version {version}, and this l2l_scale knows up to {VERSION}; it was written by "
-            f"l2l_scale {manifest.get('versions', {}).get('l2l_scale')}: upgrade to that"
+            f"{path} has format version {version}, and this l2l_scale knows up to {VERSION}; it was written "
+            f"by l2l_scale {manifest.get('versions', {}).get('l2l_scale')}: upgrade to that"
         )
     if manifest.pop("sha256", None) != _digest(manifest):
         raise DamagedError(f"{path / MANIFEST} is damaged (its checksum does not match)")

@@ -53,7 +53,9 @@ class CheckpointFolders(CheckpointIO):
         path = Path(path)
         if path.name != shelf.LAST:
             return _load(path)
-        return shelf.last_whole(path.parent, _load, quiet=_rank() > 0)[1]
+        # All ranks must try the same ones in the same order, whatever their view of the file system.
+        among = _together(lambda: shelf.candidates(path.parent) if _rank() == 0 else [])[0]
+        return shelf.last_whole(path.parent, _load, among, quiet=_rank() > 0)[1]
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Delete a checkpoint."""
@@ -95,10 +97,25 @@ def save_together(content: dict[str, Any], path: Path, texts: Mapping[str, str])
         _together(begin if rank == 0 else _nothing)
         entries = {name: entry for part in _together(write) for name, entry in part.items()}
         _together((lambda: _finish(content, path, entries)) if rank == 0 else _nothing)
-    except OSError as error:
+    except Exception as error:  # mostly OSError
         if rank == 0:
             shutil.rmtree(draft, ignore_errors=True)
         raise CheckpointError(_why_not_written(path, error)) from error
+
+
+def on_rank_0(path: Path, function: Callable[[], None]) -> None:
+    """Collective. Let rank 0 do what comes after a checkpoint was written.
+
+    Raises:
+        CheckpointError: on all ranks, if it cannot.
+    """
+    try:
+        _together(function if _rank() == 0 else _nothing)
+    except OSError as error:
+        raise CheckpointError(
+            f"the checkpoint {path} is written, but the link {shelf.LAST} cannot be set, or older ones "
+            f"cannot be deleted: {error.strerror or error}"
+        ) from error
 
 
 def _finish(content: Mapping[str, Any], path: Path, entries: Mapping[str, Entry]) -> None:
@@ -183,21 +200,23 @@ def _together(function: Callable[[], T]) -> list[T]:
     Raises:
         DamagedError: on all ranks, if it was raised on any.
         OSError: likewise.
+        RuntimeError: likewise, for whatever else was raised.
     """
+    if _world_size() == 1:
+        return [function()]
     result: T | None = None
-    failure: DamagedError | OSError | None = None
+    failure: Exception | None = None
     try:
         result = function()
-    except (DamagedError, OSError) as error:
+    except Exception as error:  # the others must not be left waiting, whatever it is
         failure = error
-    if _world_size() == 1:
-        everyone: list[tuple[Any, Any]] = [(result, failure)]
-    else:
-        everyone = [(None, None)] * _world_size()
-        dist.all_gather_object(everyone, (result, failure))
+    kind = next((kind for kind in (DamagedError, OSError) if isinstance(failure, kind)), RuntimeError)
+    text = str(failure) if kind is DamagedError else getattr(failure, "strerror", None) or repr(failure)
+    everyone: list[tuple[Any, Any]] = [(None, None)] * _world_size()
+    dist.all_gather_object(everyone, (result, None if failure is None else (kind, text)))
     for rank, (_, problem) in enumerate(everyone):
         if problem is not None:
-            raise problem if _world_size() == 1 else type(problem)(f"{problem} (on rank {rank})")
+            raise problem[0](f"{problem[1]} (on rank {rank})") from failure
     return [value for value, _ in everyone]
 
 
@@ -217,10 +236,10 @@ def _compact(tree: Any) -> Any:
     return tree_map(compact, tree)
 
 
-def _why_not_written(path: Path, error: OSError) -> str:
+def _why_not_written(path: Path, error: Exception) -> str:
     whole = shelf.checkpoints_in(path.parent)
     last = f"the last whole checkpoint is {whole[-1]}" if whole else "there is no earlier checkpoint"
-    return f"cannot write the checkpoint {path}: {error.strerror or error}; {last}"
+    return f"cannot write the checkpoint {path}: {getattr(error, 'strerror', None) or error}; {last}"
 
 
 def _rank() -> int:

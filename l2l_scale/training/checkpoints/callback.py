@@ -15,7 +15,7 @@ from l2l_scale.checks import check_count, check_range
 from l2l_scale.training.checkpoints import shelf
 from l2l_scale.training.checkpoints.folder import tidy
 from l2l_scale.training.checkpoints.inflight import KEY
-from l2l_scale.training.checkpoints.store import LOADED_FROM
+from l2l_scale.training.checkpoints.store import LOADED_FROM, on_rank_0
 from l2l_scale.training.preemption import Interruption, Reason, Stopped
 from l2l_scale.training.ranks import most_of_all_ranks
 from l2l_scale.training.slurm_job import SlurmJob
@@ -114,9 +114,9 @@ class Checkpoints(Checkpoint):
         """
         if trainer.num_training_batches <= trainer.accumulate_grad_batches and not trainer.enable_validation:
             raise ValueError(
-                f"data.windows_per_epoch ({trainer.num_training_batches}) must be more than one "
-                "meta-step where there is no validation (trainer.limit_val_batches): checkpoints are written "
-                "between the meta-steps of an epoch, or after a validation"
+                f"data.windows_per_epoch ({trainer.num_training_batches}) must be more than one meta-step "
+                "where there is no validation (trainer.limit_val_batches): checkpoints are written between "
+                "the meta-steps of an epoch, or after a validation"
             )
         self._began_at = time.monotonic()
         if self.interruption is not None:
@@ -190,12 +190,15 @@ class Checkpoints(Checkpoint):
         trainer.save_checkpoint(path)
         self.spare.discard(path.name)
         self._saved_at = trainer.global_step
-        if trainer.is_global_zero:
-            shelf.point_to(path)
-            shelf.prune(self.dirpath, self._to_keep(), self.spare)
+        on_rank_0(path, lambda: self._settle(path))
         self.seconds = time.monotonic() - started
         self._began_at = time.monotonic()
         return path
+
+    def _settle(self, path: Path) -> None:
+        """Point to what was written; delete what need not be kept."""
+        shelf.point_to(path)
+        shelf.prune(path.parent, self._to_keep(), self.spare)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know."""

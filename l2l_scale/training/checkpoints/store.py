@@ -22,6 +22,7 @@ from l2l_scale.tree import tree_map
 T = TypeVar("T")
 LOADED_FROM = "loaded_from"
 """Below KEY, in what was loaded: the path of the checkpoint that it came from."""
+_OF_LIGHTNING = {"pytorch-lightning_version", "state_dict", "loops", "global_step"}
 
 
 class CheckpointError(RuntimeError):
@@ -49,7 +50,9 @@ class CheckpointFolders(TorchCheckpointIO):
             return content
         if path.name != shelf.LAST:
             return _load(path)
-        return shelf.last_whole(path.parent, _load, quiet=_rank() > 0)[1]
+        # All ranks must try the same ones in the same order, whatever their view of the file system.
+        among = _together(lambda: shelf.candidates(path.parent) if _rank() == 0 else [])[0]
+        return shelf.last_whole(path.parent, _load, among, quiet=_rank() > 0)[1]
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Delete a checkpoint."""
@@ -93,10 +96,25 @@ def save_together(content: dict[str, Any], path: Path, texts: Mapping[str, str])
         _together(begin if rank == 0 else _nothing)
         entries = {name: entry for part in _together(write) for name, entry in part.items()}
         _together((lambda: _finish(content, path, entries)) if rank == 0 else _nothing)
-    except OSError as error:
+    except Exception as error:  # mostly OSError
         if rank == 0:
             shutil.rmtree(draft, ignore_errors=True)
         raise CheckpointError(_why_not_written(path, error)) from error
+
+
+def on_rank_0(path: Path, function: Callable[[], None]) -> None:
+    """Collective. Let rank 0 do what comes after a checkpoint was written.
+
+    Raises:
+        CheckpointError: on all ranks, if it cannot.
+    """
+    try:
+        _together(function if _rank() == 0 else _nothing)
+    except OSError as error:
+        raise CheckpointError(
+            f"the checkpoint {path} is written, but the link {shelf.LAST} cannot be set, or older ones "
+            f"cannot be deleted: {error.strerror or error}"
+        ) from error
 
 
 def _finish(content: Mapping[str, Any], path: Path, entries: Mapping[str, Entry]) -> None:
@@ -132,11 +150,11 @@ def _load(path: Path) -> dict[str, Any]:
 
     def read() -> dict[str, Any]:
         content: dict[str, Any] = files.read_tensors(path / files.TRAINING)
+        if not isinstance(content, dict) or not content.keys() >= _OF_LIGHTNING:
+            raise DamagedError(f"{path / files.TRAINING} is no checkpoint of a run")
         if KEY in content:
             parts = sorted(name for name in manifest["files"] if name.startswith("slots-"))
-            content[KEY][SLOTS] = [
-                piece for name in parts for piece in files.read_tensors(path / name, mapped=True)
-            ]
+            content[KEY][SLOTS] = [piece for name in parts for piece in _read_slots(path / name)]
             content[KEY][LOADED_FROM] = str(path)
         return content
 
@@ -152,6 +170,22 @@ def _load(path: Path) -> dict[str, Any]:
     return _all_or_none(read)
 
 
+def _read_slots(path: Path) -> list[dict[str, Any]]:
+    """What one rank had in flight.
+
+    Raises:
+        DamagedError: if there is anything else in the file.
+    """
+    pieces: list[dict[str, Any]] = files.read_tensors(path, mapped=True)
+    if not isinstance(pieces, list) or not all(
+        isinstance(piece, dict) and piece.keys() >= {"first", "leaves"}
+        for rank in pieces
+        for piece in (rank.values() if isinstance(rank, dict) else [rank])
+    ):
+        raise DamagedError(f"{path} holds no slots")
+    return pieces
+
+
 def _all_or_none(function: Callable[[], T]) -> T:
     """Collective. Call a function whose result is too large to be sent around."""
     results: list[T] = []
@@ -165,21 +199,23 @@ def _together(function: Callable[[], T]) -> list[T]:
     Raises:
         DamagedError: on all ranks, if it was raised on any.
         OSError: likewise.
+        RuntimeError: likewise, for whatever else was raised.
     """
+    if _world_size() == 1:
+        return [function()]
     result: T | None = None
-    failure: DamagedError | OSError | None = None
+    failure: Exception | None = None
     try:
         result = function()
-    except (DamagedError, OSError) as error:
+    except Exception as error:  # the others must not be left waiting, whatever it is
         failure = error
-    if _world_size() == 1:
-        everyone: list[tuple[Any, Any]] = [(result, failure)]
-    else:
-        everyone = [(None, None)] * _world_size()
-        dist.all_gather_object(everyone, (result, failure))
+    kind = next((kind for kind in (DamagedError, OSError) if isinstance(failure, kind)), RuntimeError)
+    text = str(failure) if kind is DamagedError else getattr(failure, "strerror", None) or repr(failure)
+    everyone: list[tuple[Any, Any]] = [(None, None)] * _world_size()
+    dist.all_gather_object(everyone, (result, None if failure is None else (kind, text)))
     for rank, (_, problem) in enumerate(everyone):
         if problem is not None:
-            raise problem if _world_size() == 1 else type(problem)(f"{problem} (on rank {rank})")
+            raise problem[0](f"{problem[1]} (on rank {rank})") from failure
     return [value for value, _ in everyone]
 
 
@@ -199,10 +235,10 @@ def _compact(tree: Any) -> Any:
     return tree_map(compact, tree)
 
 
-def _why_not_written(path: Path, error: OSError) -> str:
+def _why_not_written(path: Path, error: Exception) -> str:
     whole = shelf.checkpoints_in(path.parent)
     last = f"the last whole checkpoint is {whole[-1]}" if whole else "there is no earlier checkpoint"
-    return f"cannot write the checkpoint {path}: {error.strerror or error}; {last}"
+    return f"cannot write the checkpoint {path}: {getattr(error, 'strerror', None) or error}; {last}"
 
 
 def _rank() -> int:

@@ -90,7 +90,7 @@ def test_the_commands_are_found():
 
 
 def test_scripts_exist():
-    assert SCRIPTS == ["scripts/quickstart", "scripts/test"]
+    assert SCRIPTS == ["scripts/quickstart", "scripts/test", "scripts/torture"]
     assert all(os.access(ROOT / script, os.X_OK) for script in SCRIPTS)
 
 

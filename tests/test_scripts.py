@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 COMMANDS = [
     *("scripts/quickstart", "scripts/two_processes", "scripts/test", "scripts/benchmark"),
-    *("scripts/benchmark_sampling", "scripts/benchmark_scaling", ".ci/run"),
+    *("scripts/benchmark_sampling", "scripts/benchmark_scaling", "scripts/torture", ".ci/run"),
 ]
 PIN = re.compile(r'([A-Za-z0-9._-]+)==([0-9][0-9a-z.]*)(?:; (python_version (?:<|>=) "3\.\d+"))?')
 # Installed unpinned on purpose: the installers, and the CUDA libraries that torch itself pins.
@@ -196,6 +196,12 @@ def test_two_processes_start_with_one_command_that_takes_arguments(clone: Clone)
     folder = re.search(r"--run_dir (\S+)", calls[1])[1]
     assert f"{clone.folder}/{folder}/rule.safetensors" in result.stdout
     assert clone.run("scripts/two_processes", FAIL="*fit*")[0].returncode == 3
+
+
+def test_torture_passes_its_arguments_on(clone: Clone) -> None:
+    _, calls = clone.run("scripts/torture", "--kills", "3")
+    assert calls[1:] == ["scripts/torturing --kills 3"]
+    assert clone.run("scripts/torture", FAIL="*torturing*")[0].returncode == 3
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from l2l_scale.cli.experiment import Experiment
 from l2l_scale.cli.export import export_rule
+from l2l_scale.cli.headline import headline
 from l2l_scale.cli.loggers import all_loggers, ending, give_folder, log_rule, take_folder, wandb_runs
 from l2l_scale.cli.run_folder import (
     choose_folder,
@@ -108,6 +109,9 @@ class Fit(Experiment):
             with ending(trainer.loggers), self.run_state:
                 self.fit(trainer)
                 if trainer.is_global_zero:
+                    if self.run_state.record is None:  # nothing was left to train: killed at its very end
+                        self.begin()
+                        self.run_state.on_train_start(trainer, self.model)
                     self.finish(time.perf_counter() - started)
                 self.run_state.end("finished")
 
@@ -123,6 +127,14 @@ class Fit(Experiment):
             raise
         except Stopped as stop:
             stop_here(stop, self.run_state, self.folder)
+
+    def begin(self) -> None:
+        """Make room where that was asked for, write the configuration, and say what is about to run."""
+        if self.config.overwrite:
+            empty(self.folder)
+        self.save_config()
+        print(headline(self.model, self.datamodule, self.trainer, self.folder), flush=True)
+        self.begin_logging()
 
     def begin_logging(self) -> None:
         """Start the runs of W&B, now that it is sure that there will be something to log."""
@@ -148,35 +160,6 @@ class Fit(Experiment):
         write_atomically(self.folder / "config.yaml", text.encode())
         self.trainer.texts["config.yaml"] = text  # type: ignore[attr-defined]
 
-    def headline(self) -> str:
-        """What is about to run."""
-        data, size = self.datamodule, sum(p.numel() for p in self.model.rule.parameters())
-        sizes = [family.spec.size for family in data.mixture.families.values()]
-        stored = dict.fromkeys(filter(None, map(self.model.rule.storage_for, sizes)))
-        storage = "".join(f"{text}; " for text in stored)
-        backends = "; ".join(dict.fromkeys(one.description for one in self.model.accelerated.values()))
-        ranks = f" on {self.trainer.world_size} ranks" if self.trainer.world_size > 1 else ""
-        shortest, longest = data.schedule.horizons[0], data.schedule.horizons[-1]
-        horizon = f"{longest}" if shortest == longest else f"{shortest} to {longest}"
-        return (
-            f"meta-training {type(self.model.rule).__name__} ({size:,} parameters) on {self.what()}\n"
-            f"{data.slots} slots{ranks}, windows of {data.schedule.window} of a horizon of {horizon}, "
-            f"{self.trainer.max_steps:,} meta-steps, seed {data.seed}\n"
-            f"backend {backends}, {torch.get_num_threads()} CPU threads; {storage}run folder {self.folder}"
-        )
-
-    def what(self) -> str:
-        """What is trained on; the families of a mixture one by one."""
-        data, mixture = self.datamodule, self.datamodule.mixture
-        if data.family is not mixture:
-            return str(data.family)
-        slots, weights = mixture.slots(data.slots), mixture.weights
-        lines = (
-            f"\n  {name}: {family} ({len(slots[name])} slots, weight {weights[name]:.3g})"
-            for name, family in mixture.families.items()
-        )
-        return f"{len(weights)} families, {mixture.placement}:" + "".join(lines)
-
     def finish(self, seconds: float) -> None:
         """Export the best rule and say where everything is."""
         print(f"meta-training took {seconds:.0f} s ({self.trainer.global_step:,} meta-steps)")
@@ -199,12 +182,8 @@ class RunFolder(Callback):
 
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Make room where that was asked for, write the configuration, and say what is about to run."""
-        if self.fit.config.overwrite:
-            empty(self.fit.folder)
-        self.fit.save_config()
-        print(self.fit.headline(), flush=True)
-        self.fit.begin_logging()
+        """Begin the run."""
+        self.fit.begin()
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException

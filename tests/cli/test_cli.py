@@ -14,6 +14,8 @@ import pytest
 
 from l2l_scale.cli.main import COMMANDS, main
 from l2l_scale.cli.run_folder import RUN_DIR_VARIABLE, choose_folder, occupied
+from l2l_scale.run_record import read_record
+from l2l_scale.training.run_state import write_record
 
 ROOT = Path(__file__).parents[2]
 SMOKE = str(ROOT / "configs" / "smoke.yaml")
@@ -101,7 +103,7 @@ def test_folder_with_a_run_is_not_written_over_unasked(trained, capsys):
 @pytest.fixture
 def copied(trained, tmp_path):
     """A copy of the run, to be changed."""
-    shutil.copytree(trained, tmp_path / "copy")
+    shutil.copytree(trained, tmp_path / "copy", symlinks=True)
     text = (trained / "config.yaml").read_text()
     (tmp_path / "copy" / "config.yaml").write_text(text.replace(str(trained), str(tmp_path / "copy")))
     return tmp_path / "copy"
@@ -118,6 +120,15 @@ def test_finished_run_can_be_resumed_to_more_meta_steps_and_keeps_its_metrics(co
     assert "(75 meta-steps)" in capsys.readouterr().out
     assert (copied / "metrics-1.csv").read_bytes() == before
     assert "\n60," in (copied / "metrics.csv").read_text().replace("2,60", "60")
+
+
+def test_run_that_was_killed_after_its_last_checkpoint_is_finished_by_resuming(copied, trained, capsys):
+    write_record(copied, {**read_record(copied), "state": "running"}, durable=False)
+    (copied / "rule.safetensors").unlink()
+    main(["fit", "-c", str(copied / "config.yaml"), "--run_dir", str(copied), "--ckpt_path", "last"])
+    assert read_record(copied)["state"] == "finished"
+    assert read_record(copied)["best"] == read_record(trained)["best"]
+    assert (copied / "rule.safetensors").read_bytes() == (trained / "rule.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,8 @@ def find_checkpoint(wish: str | None, folder: Path) -> str | None:
         return None
     if wish == LAST:
         return str(folder / "checkpoints" / LAST) if has_checkpoint(folder / "checkpoints") else None
+    if Path(wish).name == LAST and has_checkpoint(Path(wish).parent):
+        return wish  # the link itself may be missing, or point nowhere
     if not Path(wish).exists():
         raise ValueError(
             f"ckpt_path ({wish}): there is no such checkpoint; run folders keep theirs in checkpoints/"

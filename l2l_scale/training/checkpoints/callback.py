@@ -187,8 +187,8 @@ class Checkpoints(Checkpoint):
         path = self.dirpath / shelf.name_of(trainer.global_step)
         if self._validated is not None and self._validated[0] == trainer.global_step:
             self.values[path.name] = self._validated[1]
-        trainer.save_checkpoint(path)
         self.spare.discard(path.name)
+        trainer.save_checkpoint(path)
         self._saved_at = trainer.global_step
         on_rank_0(path, lambda: self._settle(path))
         self.seconds = time.monotonic() - started
@@ -202,20 +202,20 @@ class Checkpoints(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know."""
-        return {"best": self.best, "values": self.values}
+        return {"best": self.best, "values": self.values, "spare": sorted(self.spare)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take it up again."""
         self.best, self.values = state_dict["best"], state_dict["values"]
+        self.spare |= set(state_dict.get("spare", ()))
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Leave newer checkpoints than this one alone: they were damaged, or are of another future."""
-        path = Path(checkpoint.get(KEY, {}).get(LOADED_FROM, ""))
-        if self.dirpath is not None and path.parent.absolute() == self.dirpath.absolute():
-            names = [one.name for one in shelf.checkpoints_in(self.dirpath)]
-            self.spare = set(names[names.index(path.name) + 1 :])
+        path = checkpoint.get(KEY, {}).get(LOADED_FROM)
+        if path and self.dirpath is not None and Path(path).parent.resolve() == self.dirpath.resolve():
+            self.spare = {one.name for one in shelf.newer_than(Path(path))}
 
     def _value(self, trainer: L.Trainer, module: L.LightningModule) -> float:
         """The monitored value; φ is remembered if it is the best.

@@ -37,6 +37,12 @@ def _in_order(paths: Iterable[Path]) -> list[Path]:
     return sorted(serials, key=lambda path: (serials[path], path.name))
 
 
+def newer_than(path: Path) -> list[Path]:
+    """Those beside a checkpoint that were written after it."""
+    serial = read_manifest(path)["serial"]
+    return [one for one in checkpoints_in(path.parent) if read_manifest(one)["serial"] > serial]
+
+
 def next_serial(folder: Path) -> int:
     """The number of the next one that is written; a counter, because clocks of nodes differ."""
     there = checkpoints_in(folder)

@@ -6,22 +6,23 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch.distributed as dist
-from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
 
 from l2l_scale.training.checkpoints import folder as files
 from l2l_scale.training.checkpoints import shelf
 from l2l_scale.training.checkpoints.folder import DamagedError, Entry
 from l2l_scale.training.checkpoints.inflight import KEY, SLOTS
+from l2l_scale.training.checkpoints.together import all_or_none, nothing, rank, together, world_size
 from l2l_scale.training.surroundings import versions
 from l2l_scale.tree import tree_map
 
-T = TypeVar("T")
 LOADED_FROM = "loaded_from"
 """Below KEY, in what was loaded: the path of the checkpoint that it came from."""
+HANDED_OVER = ".temp.ckpt"
+"""Lightning's name of the file by which processes that it forked or spawned hand φ over at the end."""
 _OF_LIGHTNING = {"pytorch-lightning_version", "state_dict", "loops", "global_step"}
 
 
@@ -29,12 +30,21 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written."""
 
 
-class CheckpointFolders(TorchCheckpointIO):
-    """Reads checkpoints of this package for Lightning's trainer, and verifies every file.
+class CheckpointFolders(CheckpointIO):
+    """Checkpoints of this package for Lightning's trainer. Loading verifies every file."""
 
-    They are written by :func:`save_together`, because Lightning asks rank 0 only. What it writes for itself,
-    to hand φ on from a process that it forked, stays a file.
-    """
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Not to be used, because only rank 0 is asked by Lightning; but for φ from one process to another.
+
+        Raises:
+            RuntimeError: for anything else.
+        """
+        if Path(path).name == HANDED_OVER:
+            files.write_tensors(Path(path), _compact(checkpoint))
+            return
+        raise RuntimeError("use l2l_scale.training.Trainer: checkpoints are written by all ranks together")
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
@@ -45,21 +55,21 @@ class CheckpointFolders(TorchCheckpointIO):
             DamagedError: on all ranks, if it is damaged on any, or none in the folder is whole.
         """
         path = Path(path)
-        if path.is_file():
-            content: dict[str, Any] = files.read_tensors(path)
-            return content
+        if path.name == HANDED_OVER and path.is_file():
+            handed_over: dict[str, Any] = files.read_tensors(path)
+            return handed_over
         if path.name != shelf.LAST:
             return _load(path)
         # All ranks must try the same ones in the same order, whatever their view of the file system.
-        among = _together(lambda: shelf.candidates(path.parent) if _rank() == 0 else [])[0]
-        return shelf.last_whole(path.parent, _load, among, quiet=_rank() > 0)[1]
+        among = together(lambda: shelf.candidates(path.parent) if rank() == 0 else [])[0]
+        return shelf.last_whole(path.parent, _load, among, quiet=rank() > 0)[1]
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Delete a checkpoint."""
         if Path(path).is_dir():
             files.discard(Path(path))
         else:
-            super().remove_checkpoint(path)
+            Path(path).unlink(missing_ok=True)
 
 
 def save_together(content: dict[str, Any], path: Path, texts: Mapping[str, str]) -> None:
@@ -73,7 +83,7 @@ def save_together(content: dict[str, Any], path: Path, texts: Mapping[str, str])
     Raises:
         CheckpointError: on all ranks, if one of them could not write; the draft is deleted.
     """
-    rank, draft = _rank(), files.draft_of(path)
+    draft = files.draft_of(path)
 
     def begin() -> None:
         shutil.rmtree(draft, ignore_errors=True)
@@ -85,19 +95,19 @@ def save_together(content: dict[str, Any], path: Path, texts: Mapping[str, str])
             slots = ours.pop(SLOTS)
         entries = {}
         if slots is not None:
-            name = files.slots_file(rank, _world_size())
+            name = files.slots_file(rank(), world_size())
             entries[name] = files.write_tensors(draft / name, _compact(slots))
-        if rank == 0:
+        if rank() == 0:
             entries[files.TRAINING] = files.write_tensors(draft / files.TRAINING, _compact(content))
             entries |= {name: files.write_text(draft / name, text) for name, text in texts.items()}
         return entries
 
     try:
-        _together(begin if rank == 0 else _nothing)
-        entries = {name: entry for part in _together(write) for name, entry in part.items()}
-        _together((lambda: _finish(content, path, entries)) if rank == 0 else _nothing)
+        together(begin if rank() == 0 else nothing)
+        entries = {name: entry for part in together(write) for name, entry in part.items()}
+        together((lambda: _finish(content, path, entries)) if rank() == 0 else nothing)
     except Exception as error:  # mostly OSError
-        if rank == 0:
+        if rank() == 0:
             shutil.rmtree(draft, ignore_errors=True)
         raise CheckpointError(_why_not_written(path, error)) from error
 
@@ -109,7 +119,7 @@ def on_rank_0(path: Path, function: Callable[[], None]) -> None:
         CheckpointError: on all ranks, if it cannot.
     """
     try:
-        _together(function if _rank() == 0 else _nothing)
+        together(function if rank() == 0 else nothing)
     except OSError as error:
         raise CheckpointError(
             f"the checkpoint {path} is written, but the link {shelf.LAST} cannot be set, or older ones "
@@ -129,7 +139,7 @@ def _finish(content: Mapping[str, Any], path: Path, entries: Mapping[str, Entry]
         "serial": shelf.next_serial(path.parent),
         "meta_step": content["global_step"],
         "next_window": content.get(KEY, {}).get("next_window"),
-        "ranks": _world_size(),
+        "ranks": world_size(),
         "versions": versions(),
     }
     files.commit(path, entries, notes)
@@ -144,7 +154,7 @@ def _load(path: Path) -> dict[str, Any]:
 
     def check() -> dict[str, Any]:
         manifest = files.read_manifest(path)
-        for name in sorted(manifest["files"])[_rank() :: _world_size()]:
+        for name in sorted(manifest["files"])[rank() :: world_size()]:
             files.check_file(path, name, manifest)
         return manifest
 
@@ -158,16 +168,16 @@ def _load(path: Path) -> dict[str, Any]:
             content[KEY][LOADED_FROM] = str(path)
         return content
 
-    manifest = _together(check)[_rank()]
+    manifest = together(check)[rank()]
     changed = {
         name: f"{then} then, {now} now"
         for name, now in versions().items()
         if (then := manifest["versions"].get(name, now)) != now
     }
-    if changed and _rank() == 0:
+    if changed and rank() == 0:
         text = "; ".join(f"{name} {difference}" for name, difference in changed.items())
         warnings.warn(f"{path} was written with other versions: {text}. Bits may differ", stacklevel=2)
-    return _all_or_none(read)
+    return all_or_none(read)
 
 
 def _read_slots(path: Path) -> list[dict[str, Any]]:
@@ -186,43 +196,6 @@ def _read_slots(path: Path) -> list[dict[str, Any]]:
     return pieces
 
 
-def _all_or_none(function: Callable[[], T]) -> T:
-    """Collective. Call a function whose result is too large to be sent around."""
-    results: list[T] = []
-    _together(lambda: results.append(function()))
-    return results[0]
-
-
-def _together(function: Callable[[], T]) -> list[T]:
-    """Collective. Call a function on every rank; the results of all, in order.
-
-    Raises:
-        DamagedError: on all ranks, if it was raised on any.
-        OSError: likewise.
-        RuntimeError: likewise, for whatever else was raised.
-    """
-    if _world_size() == 1:
-        return [function()]
-    result: T | None = None
-    failure: Exception | None = None
-    try:
-        result = function()
-    except Exception as error:  # the others must not be left waiting, whatever it is
-        failure = error
-    kind = next((kind for kind in (DamagedError, OSError) if isinstance(failure, kind)), RuntimeError)
-    text = str(failure) if kind is DamagedError else getattr(failure, "strerror", None) or repr(failure)
-    everyone: list[tuple[Any, Any]] = [(None, None)] * _world_size()
-    dist.all_gather_object(everyone, (result, None if failure is None else (kind, text)))
-    for rank, (_, problem) in enumerate(everyone):
-        if problem is not None:
-            raise problem[0](f"{problem[1]} (on rank {rank})") from failure
-    return [value for value, _ in everyone]
-
-
-def _nothing() -> None:
-    """What the other ranks do."""
-
-
 def _compact(tree: Any) -> Any:
     """Tensors on the CPU, without what else is in their storages: torch.save writes those as a whole."""
 
@@ -239,11 +212,3 @@ def _why_not_written(path: Path, error: Exception) -> str:
     whole = shelf.checkpoints_in(path.parent)
     last = f"the last whole checkpoint is {whole[-1]}" if whole else "there is no earlier checkpoint"
     return f"cannot write the checkpoint {path}: {getattr(error, 'strerror', None) or error}; {last}"
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -21,8 +21,8 @@ start_ray() {
     local ray='trap "" USR1
         ports=(--min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0)
         if [[ $SLURM_PROCID == 0 && $1 == 0 ]]; then
-            exec ray start --block --head --port="${0##*:}" --include-dashboard=false \
-                --ray-client-server-port=0 --num-cpus=0 --num-gpus=0 "${ports[@]}"
+            exec ray start --block --head --port="${0##*:}" --num-cpus=0 --num-gpus=0 \
+                --include-dashboard=false "${ports[@]}"
         fi
         until (exec 3<>"/dev/tcp/${0%:*}/${0##*:}") 2>/dev/null; do sleep 0.5; done
         exec ray start --block --address="$0" --num-cpus="$1" --num-gpus=0 "${ports[@]}"'

@@ -17,7 +17,7 @@ start_ray() {
     export RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
 
     # Fixed ports would clash with those of another job on the node. Slurm sends USR1 to these processes too,
-    # which would end them.
+    # which would end them. On SIGTERM they stay until nobody uses them, 30 s at most: the trainer saves first.
     local ray='trap "" USR1
         ports=(--min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0)
         if [[ $SLURM_PROCID == 0 && $1 == 0 ]]; then

@@ -20,6 +20,7 @@ from l2l_scale.cli.experiment import Experiment
 from l2l_scale.cli.export import export_rule
 from l2l_scale.cli.loggers import all_loggers, ending, give_folder, log_rule, take_folder, wandb_runs
 from l2l_scale.cli.run_folder import choose_folder, empty, find_checkpoint, keep_metrics
+from l2l_scale.cli.srun import settle_srun
 from l2l_scale.deploy import classes_of
 from l2l_scale.training import MetaStepBar, PaceReport, TrajectoryMetrics
 from l2l_scale.training.memory import Machine, check_memory
@@ -216,6 +217,7 @@ def machine_of(trainer: L.Trainer) -> Machine:
 
 def run(arguments: list[str]) -> None:
     """Train as the command line says."""
+    settle_srun()
     warnings.filterwarnings("ignore", category=PossibleUserWarning)  # advice that does not fit our loaders
     warnings.filterwarnings("ignore", message=".*directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)

@@ -1,4 +1,4 @@
-"""The Slurm job that this process runs in: what slurmctld says of it, and how to put it back into the queue."""
+"""The Slurm job that this process runs in: what slurmctld says of it, and putting it back into the queue."""
 
 from __future__ import annotations
 

@@ -14,11 +14,13 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
 HOSTS = Path("/etc/hosts")
 GPUS = 2
 """Fake GPUs of a node."""
@@ -32,8 +34,8 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# cred_expire is also how long a requeued job waits before it starts again: 120 s by default
-AuthInfo=socket={folder}/run/munge.sock,cred_expire=2
+# cred_expire (5 at least) is also how long a requeued job waits before it starts again: 120 s by default
+AuthInfo=socket={folder}/run/munge.sock,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool.%n
 SlurmctldPidFile={folder}/run/slurmctld.pid
@@ -60,7 +62,7 @@ MinJobAge=3600
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {gres}
-NodeName={nodes} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]},{ports[2]} CPUs=4 RealMemory=4000 {gpus}
+NodeName={nodes} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]},{ports[2]} CPUs=4 {gpus}
 PartitionName=main Nodes=ALL Default=YES MaxTime=24:00:00 PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace}
 PartitionName=urgent Nodes=ALL MaxTime=24:00:00 PriorityTier=10 PreemptMode=OFF
 """
@@ -107,8 +109,10 @@ class Cluster:
                 kill_wait=kill_wait,
             )
         )
-        clean = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH"))}
-        self.environment = {**clean, "SLURM_CONF": str(self.conf)}
+        ours = ("SLURM", "SBATCH", "L2L_SCALE", "RAY_")
+        self.environment = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
+        self.environment["SLURM_CONF"] = str(self.conf)
+        self.environment["PATH"] = f"{Path(sys.executable).parent}:{self.environment['PATH']}"
 
     def _make_gpus(self) -> bool:
         """Device files like those of GPUs, where the machine allows that."""
@@ -136,16 +140,16 @@ class Cluster:
         self.call("slurmctld", "-c")
         for node in self.nodes:
             self.call("slurmd", "-N", node)
-        _until(lambda: self.call("sinfo", "-hN", "-pmain", "-o%t").split() == ["idle", "idle"], 30, "idle nodes")
+        _until(
+            lambda: self.call("sinfo", "-hN", "-pmain", "-o%t").split() == ["idle", "idle"], 30, "idle nodes"
+        )
 
     def stop(self) -> None:
         """End all jobs, and the processes that were started here; only those."""
         if self._process("slurmctld") is not None:
             subprocess.run(["scancel", "--user=root"], env=self.environment, check=False, timeout=30)
-            try:
+            with suppress(AssertionError):  # what is left dies with its node
                 _until(lambda: not self.call("squeue", "-h").strip(), 30, "the end of all jobs")
-            except (AssertionError, subprocess.CalledProcessError):
-                pass  # what is left dies with its node
         for name in (*(f"slurmd.{node}" for node in self.nodes), "slurmctld", "munged"):
             process = self._process(name)
             if process is not None:
@@ -167,6 +171,7 @@ class Cluster:
         """What a command prints; it must succeed."""
         done = subprocess.run(
             command,
+            cwd=ROOT,
             env={**self.environment, **variables},
             capture_output=True,
             text=True,
@@ -177,7 +182,7 @@ class Cluster:
         return done.stdout
 
     def submit(self, *arguments: str, **variables: str) -> str:
-        """The id of the job that ``sbatch`` makes of the arguments."""
+        """The id of the job that ``sbatch`` makes of the arguments, called in the checkout."""
         return self.call("sbatch", "--parsable", *arguments, **variables).strip().split(";")[0]
 
     def show(self, job: str, key: str) -> str:

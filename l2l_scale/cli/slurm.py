@@ -27,6 +27,11 @@ class Plan(Fit):
         self.config_init = self.parser.instantiate(self.config)
         self.datamodule, self.model = self.config_init.data, self.config_init.model
 
+    def save_config(self) -> None:
+        """Write the configuration into the run folder, for the job."""
+        text = self.parser.dump(self.saved_config(), skip_none=False, skip_validation=True)
+        (self.folder / "config.yaml").write_text(text, encoding="utf-8")
+
     def check(self, request: Request) -> None:
         """Refuse what ``fit`` would refuse in the job, after waiting in the queue.
 

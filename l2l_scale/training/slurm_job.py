@@ -1,4 +1,4 @@
-"""The Slurm job that this process runs in: what slurmctld says of it, and putting it back into the queue."""
+"""The Slurm job that this process runs in: what slurmctld says of it, and how to queue it again."""
 
 from __future__ import annotations
 
@@ -51,6 +51,11 @@ class SlurmJob(NamedTuple):
             if text and text.isdigit():
                 return float(text)
         return None
+
+    def log(self) -> str | None:
+        """Where its output goes; None if slurmctld does not say. The path may have spaces."""
+        found = re.search(r"^ +StdOut=(.+)$", self._shown(), re.MULTILINE)
+        return found[1].strip() if found else None
 
     def requeue(self) -> bool:
         """Put it back into the queue, if it is running; whether that was done.

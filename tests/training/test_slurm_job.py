@@ -18,6 +18,7 @@ SHOWN = """JobId=12 JobName=a JobState=CANCELLED EndTime=5 Requeue=0
    RunTime=00:00:05 TimeLimit=08:00:00 TimeMin=N/A
    StartTime=1700000000 EndTime=1700028800 Deadline=N/A
    Command=/jobs/JobState=FAILED
+   StdOut=/runs/a b/slurm-12.log
 """
 OF_TWO_COMPONENTS = SHOWN + "\n" + SHOWN.replace("RUNNING", "PENDING")
 
@@ -74,6 +75,7 @@ def test_what_scontrol_says(answer, calls):
     assert job.state() == "RUNNING"
     assert job.requeueable()
     assert job.end_time() == 1700028800.0
+    assert job.log() == "/runs/a b/slurm-12.log"
     assert set(calls.read_text().splitlines()) == {"%s show job 12_3"}
 
 
@@ -103,6 +105,7 @@ def test_scontrol_that_does_not_answer(answer, tmp_path, monkeypatch, how):
     job = SlurmJob("12")
     assert job.state() is None
     assert job.end_time() is None
+    assert job.log() is None
     assert not job.requeueable()
     assert not job.requeue()
 

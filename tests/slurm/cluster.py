@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).parents[2]
 HOSTS = Path("/etc/hosts")
 GPUS = 2
@@ -225,6 +227,20 @@ class Cluster:
     def requeue(self, job: str) -> None:
         """As an administrator would."""
         self.call("scontrol", "requeue", job)
+
+    def signal(self, job: str, name: str) -> None:
+        """Send a signal to all processes that srun started, as Slurm does before a time limit."""
+        self.call("scancel", f"--signal={name}", job)
+
+    def kill(self, job: str, rank: int) -> None:
+        """Kill one process of a job without warning, as the kernel does when memory runs out."""
+        mine = {f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}", "SLURM_STEP_ID=0"}
+        for process in psutil.process_iter(["environ", "cmdline"]):
+            given = {f"{name}={value}" for name, value in (process.info["environ"] or {}).items()}
+            if mine <= given and "fit" in process.info["cmdline"] and "bash" not in process.info["cmdline"]:
+                process.kill()
+                return
+        raise AssertionError(f"job {job} has no rank {rank}")
 
     def cancel(self, job: str) -> None:
         """End it for good."""

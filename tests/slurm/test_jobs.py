@@ -20,8 +20,8 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 SIZE = ("--nodes=2", "--ntasks-per-node=1")
 RUN = (
-    *("-c", "configs/smoke.yaml", "--trainer.max_steps", "1500", "--data.windows_per_epoch", "250"),
-    *("--trainer.log_every_n_steps", "10", "--trainer.enable_progress_bar", "false"),
+    *("-c", "configs/smoke.yaml", "--trainer.max_steps", "500", "--data.windows_per_epoch", "100"),
+    *("--trainer.log_every_n_steps", "20", "--trainer.enable_progress_bar", "false"),
 )
 COMMAND = f"{sys.executable} -m l2l_scale"
 
@@ -58,7 +58,7 @@ def outcome(folder: Path) -> tuple[bytes, str]:
     return (folder / "rule.safetensors").read_bytes(), last
 
 
-def wait_until_it_trains(cluster: Cluster, job: str, folder: Path, logged: int = 8) -> None:
+def wait_until_it_trains(cluster: Cluster, job: str, folder: Path, logged: int = 5) -> None:
     """Until some meta-steps were logged."""
     deadline = time.monotonic() + 90
     while len(rows(folder)) < logged:
@@ -136,13 +136,15 @@ def test_cancelled_training_is_saved_and_does_not_come_back(cluster, train, tmp_
 def test_mistake_of_the_user_is_not_tried_again(cluster, train):
     job = train(*SIZE, options=(*RUN, "--data.slotz", "3"))
     cluster.wait_for(job, "FAILED", 60)
-    assert (cluster.exit_code(job), cluster.restarts(job)) == (2, 0)
+    assert "unrecognized arguments: --data.slotz" in cluster.log(job)
+    assert cluster.exit_code(job) in (2, 143)  # 143 where srun ended the other rank first
+    assert cluster.restarts(job) == 0
 
 
 def test_two_jobs_share_a_node(cluster, train, tmp_path):
     """Each with two ranks on it, which meet at a port of their own."""
     size = (f"--nodelist={cluster.nodes[0]}", "--ntasks-per-node=2")
-    short = (*RUN, "--trainer.max_steps", "250")
+    short = (*RUN, "--trainer.max_steps", "100")
     jobs = [train(*size, name=name, options=short) for name in ("a", "b")]
     for job in jobs:
         cluster.wait_for(job, "COMPLETED", 120)
@@ -168,7 +170,7 @@ def test_srun_inside_salloc(cluster, tmp_path):
 def test_sampling_nodes_draw_for_the_ranks(cluster, train, tmp_path):
     training = (f"--nodelist={cluster.nodes[0]}", "--ntasks-per-node=2")
     sampling = (f"--nodelist={cluster.nodes[1]}", "--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=2")
-    job = train(*training, ":", *sampling, options=(*RUN, "--trainer.max_steps", "250"))
+    job = train(*training, ":", *sampling, options=(*RUN, "--trainer.max_steps", "100"))
     cluster.wait_for(job, "COMPLETED", 150)
     assert "on 2 ranks" in cluster.log(job)
 

@@ -17,6 +17,7 @@ COMMANDS = [
     *("scripts/quickstart", "scripts/two_processes", "scripts/test", "scripts/benchmark"),
     *("scripts/benchmark_sampling", "scripts/benchmark_scaling", ".ci/run"),
 ]
+SLURM = [f"slurm/{name}" for name in ("env.sh", "ray.sh", "train.sbatch", "sweep.sbatch", "evaluate.sbatch")]
 PIN = re.compile(r'([A-Za-z0-9._-]+)==([0-9][0-9a-z.]*)(?:; (python_version (?:<|>=) "3\.\d+"))?')
 # Installed unpinned on purpose: the installers, and the CUDA libraries that torch itself pins.
 UNPINNED = re.compile(r"pip|setuptools|triton|(nvidia|cuda)-.*")
@@ -45,7 +46,7 @@ def pins(python: str) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("script", [*COMMANDS, "scripts/environment.sh"])
+@pytest.mark.parametrize("script", [*COMMANDS, "scripts/environment.sh", *SLURM])
 def test_script_is_valid_bash(script: str) -> None:
     subprocess.run(["bash", "-n", ROOT / script], check=True)
 

@@ -196,17 +196,20 @@ def where():
 
 ray.init(address=value("--data.pool.ray_address"), log_to_driver=False, logging_level="ERROR")
 found = set(ray.get([where.remote() for _ in range(2)]))
+print("gpus", os.environ.get("CUDA_VISIBLE_DEVICES"))
 print("rank", os.environ["SLURM_PROCID"], "samples on", *found, "with", value("--data.pool.num_actors"))
 """
 
 
 def test_nodes_that_only_sample_join_the_rays_of_those_that_train(cluster, submit, tmp_path):
     (tmp_path / "sampling.py").write_text(RAY)
-    training = (f"--nodelist={cluster.nodes[0]}", "--ntasks-per-node=2")
+    gpus = ("--gpus-per-node=2",) if cluster.has_gpus else ()
+    training = (f"--nodelist={cluster.nodes[0]}", "--ntasks-per-node=2", *gpus)
     sampling = (f"--nodelist={cluster.nodes[1]}", "--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=4")
     command = f"{sys.executable} {tmp_path / 'sampling.py'}"
     job = submit(*training, ":", *sampling, "train.sbatch", "-c", "a", L2L_SCALE=command)
     assert cluster.wait_for(job, ENDED, 90) == "COMPLETED", cluster.log(job)
     for rank in (0, 1):
         assert f"rank {rank} samples on {cluster.nodes[1]} with 2" in cluster.log(job)
+    assert "gpus 0,1" in cluster.log(job) or not gpus
     assert "TOKEN" not in cluster.log(job)

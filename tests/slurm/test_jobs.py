@@ -162,7 +162,7 @@ def test_srun_inside_salloc(cluster, tmp_path):
         "fit",
         *RUN,
         "--trainer.max_steps",
-        "250",
+        "100",
         "--run_dir",
         str(tmp_path / "run"),
     ]

@@ -101,9 +101,7 @@ def options() -> Parser:
     )
     add = parser.add_argument
     add("--nodes", type=int, default=1, help="that train (1)")
-    add(
-        "--gpus-per-node", type=int, default=0, help="one process for each; without GPUs one on a node (0)"
-    )
+    add("--gpus-per-node", type=int, default=0, help="one process for each; without GPUs one on a node (0)")
     add("--ntasks-per-node", type=int, help="processes of a node without GPUs (1)")
     add("--cpus-per-task", type=int, default=1, help="CPU cores of a process (1)")
     add("--time", help="limit, as 8:00:00; the run is saved and requeued before, as often as it takes")

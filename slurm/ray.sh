@@ -26,7 +26,7 @@ start_ray() {
         fi
         until (exec 3<>"/dev/tcp/${0%:*}/${0##*:}") 2>/dev/null; do sleep 0.5; done
         exec ray start --block --address="$0" --num-cpus="$1" --num-gpus=0 "${ports[@]}"'
-    srun --overlap --het-group=0 --nodes="$training" --ntasks-per-node=1 --ntasks="$training" --gres=none \
+    srun --overlap --het-group=0 --nodes="$training" --ntasks-per-node=1 --ntasks="$training" \
         bash -c "$ray" "$ray_address" 0 >/dev/null &
     srun --overlap --het-group=1 --nodes="$sampling" --ntasks-per-node=1 --ntasks="$sampling" \
         --cpus-per-task="$per_node" bash -c "$ray" "$ray_address" "$per_node" >/dev/null &

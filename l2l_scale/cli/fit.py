@@ -30,6 +30,7 @@ from l2l_scale.cli.run_folder import (
     launched_by_lightning,
     occupied,
 )
+from l2l_scale.cli.srun import settle_srun
 from l2l_scale.cli.stopping import end_with_parent, stop_here
 from l2l_scale.deploy import classes_of
 from l2l_scale.files import write_atomically
@@ -227,6 +228,7 @@ def machine_of(trainer: L.Trainer) -> Machine:
 
 def run(arguments: list[str]) -> None:
     """Train as the command line says."""
+    settle_srun()
     warnings.filterwarnings("ignore", category=PossibleUserWarning)  # advice that does not fit our loaders
     warnings.filterwarnings("ignore", message=".*directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)

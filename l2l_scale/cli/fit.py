@@ -30,6 +30,7 @@ from l2l_scale.cli.run_folder import (
     launched_by_lightning,
     occupied,
 )
+from l2l_scale.cli.run_log import close_log, note_failure, open_log, say
 from l2l_scale.cli.srun import settle_srun
 from l2l_scale.cli.stopping import end_with_parent, stop_here
 from l2l_scale.deploy import classes_of
@@ -115,6 +116,7 @@ class Fit(Experiment):
                         self.run_state.on_train_start(trainer, self.model)
                     self.finish(time.perf_counter() - started)
                 self.run_state.end("finished")
+            close_log()
 
     def fit(self, trainer: L.Trainer) -> None:
         """Train; a run that was stopped in good order ends the process here."""
@@ -134,7 +136,8 @@ class Fit(Experiment):
         if self.config.overwrite:
             empty(self.folder)
         self.save_config()
-        print(headline(self.model, self.datamodule, self.trainer, self.folder), flush=True)
+        open_log(self.folder)
+        say(headline(self.model, self.datamodule, self.trainer, self.folder))
         self.begin_logging()
 
     def begin_logging(self) -> None:
@@ -163,16 +166,16 @@ class Fit(Experiment):
 
     def finish(self, seconds: float) -> None:
         """Export the best rule and say where everything is."""
-        print(f"meta-training took {seconds:.0f} s ({self.trainer.global_step:,} meta-steps)")
+        say(f"meta-training took {seconds:.0f} s ({self.trainer.global_step:,} meta-steps)")
         checkpoints = self.trainer.checkpoint_callback
         if not isinstance(checkpoints, Checkpoints) or checkpoints.dirpath is None:
-            print("no checkpoint was written (trainer.enable_checkpointing is false)")
+            say("no checkpoint was written (trainer.enable_checkpointing is false)")
             return
         out, classes = self.folder / "rule.safetensors", classes_of(self.model.rule)
         rule = export_rule(checkpoints.dirpath / LAST, out, classes, best=True)
         log_rule(self.trainer.loggers, rule)
-        print(f"best rule by {self.config.checkpoint.monitor}: {rule}")
-        print(f"next: l2l-scale evaluate -c {self.folder / 'config.yaml'}")
+        say(f"best rule by {self.config.checkpoint.monitor}: {rule}")
+        say(f"next: l2l-scale evaluate -c {self.folder / 'config.yaml'}")
 
 
 class RunFolder(Callback):
@@ -189,10 +192,12 @@ class RunFolder(Callback):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """A run that was stopped in good order has not failed."""
+        """Note why a run failed; one that was stopped in good order has not."""
         if isinstance(exception, Stopped):
             for run in wandb_runs(trainer.loggers):
                 run.mark_preempted()
+        else:
+            note_failure(exception)
 
 
 def check_rhythm(max_steps: int, windows_per_epoch: int, windows_per_step: int) -> None:

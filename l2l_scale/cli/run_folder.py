@@ -10,6 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from l2l_scale.cli.run_log import LOG_FILE
 from l2l_scale.run_record import RUN_FILE
 
 LOCK = ".lock"
@@ -101,7 +102,9 @@ def empty(folder: Path) -> None:
     """Delete a run; only what a run writes, so that a mistyped folder loses nothing else."""
     for name in ("checkpoints", "evaluation", "wandb"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    files = (folder / name for name in ("config.yaml", "rule.safetensors", "validation.png", RUN_FILE))
+    files = (
+        folder / name for name in ("config.yaml", "rule.safetensors", "validation.png", LOG_FILE, RUN_FILE)
+    )
     for path in (*files, *folder.glob("metrics*.csv"), *folder.glob(f".{RUN_FILE}.*.tmp")):
         path.unlink(missing_ok=True)
 

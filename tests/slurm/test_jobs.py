@@ -1,7 +1,6 @@
 """Trainings in jobs that are interrupted in every way that Slurm knows; each must end as if nothing had been.
 
-Two ranks on two virtual nodes. The rule and the last validation are compared bit for bit with those of a job
-that nobody interrupted.
+Two ranks on two virtual nodes. What comes out is compared bit for bit with that of a job that nobody touched.
 """
 
 from __future__ import annotations
@@ -13,9 +12,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import pytest
+import torch
 from cluster import ENDED, ROOT, Cluster
+
+from l2l_scale.training.checkpoints.folder import TRAINING, read_tensors
+from l2l_scale.tree import tree_leaves
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
@@ -53,10 +57,20 @@ def rows(folder: Path) -> list[dict[str, str]]:
     return found
 
 
-def outcome(folder: Path) -> tuple[bytes, str]:
-    """The exported rule, and the last validation."""
-    last = [row["valid/sum"] for row in rows(folder) if row.get("valid/sum")][-1]
-    return (folder / "rule.safetensors").read_bytes(), last
+Outcome: TypeAlias = tuple[bytes, str, list[Any]]
+
+
+def outcome(folder: Path) -> Outcome:
+    """The exported rule, the last validation; and φ, Adam's state and all that is in flight at the end."""
+    validated = [row["valid/sum"] for row in rows(folder) if row.get("valid/sum")][-1]
+    last = folder / "checkpoints" / "last"
+    training = read_tensors(last / TRAINING)
+    slots = [read_tensors(path) for path in sorted(last.glob("slots-*"))]
+    assert len(slots) == 2
+    leaves = tree_leaves([training["state_dict"], training["optimizer_states"], slots])
+    plain = [leaf.tolist() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+    assert len(plain) > 20
+    return (folder / "rule.safetensors").read_bytes(), validated, plain
 
 
 def wait_until_it_trains(cluster: Cluster, job: str, folder: Path, logged: int = 5) -> None:
@@ -69,7 +83,7 @@ def wait_until_it_trains(cluster: Cluster, job: str, folder: Path, logged: int =
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, str]:
+def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """The outcome of a job that nobody interrupted."""
     folder = tmp_path_factory.mktemp("undisturbed")
     script = ("slurm/train.sbatch", *RUN, "--run_dir", str(folder / "run"))

@@ -10,8 +10,8 @@
 # The command that runs (what `l2l-scale slurm` submits has the environment that it was called from in PATH).
 export L2L_SCALE="${L2L_SCALE:-l2l-scale}"
 
-# How often a job that failed (a process was killed, a node was lost under it) is put back into the queue. A
-# user's mistake never is; time limits and preemptions do not count, but Slurm counts all restarts together.
+# How often in a row a job that failed (a process was killed, say) is put back into the queue. A user's mistake
+# never is; time limits and preemptions do not count.
 export L2L_SCALE_MAX_RESTARTS="${L2L_SCALE_MAX_RESTARTS:-3}"
 
 # The network between nodes, where the library's own choice is wrong:

@@ -104,18 +104,29 @@ def test_what_must_not_be_tried_again_is_not(cluster, submit, code):
     assert "queue" not in cluster.log(job)
 
 
-def test_a_job_of_which_a_process_was_killed_starts_again(cluster, submit):
-    job = submit("--nodes=2", "--ntasks-per-node=1", "train.sbatch", "-c", "a", CODES="1=137 0")
+def test_a_job_of_which_a_process_was_killed_starts_again(cluster, submit, tmp_path):
+    job = submit(
+        "--nodes=2", "--ntasks-per-node=1", "train.sbatch", "--run_dir", str(tmp_path), CODES="1=137 0"
+    )
     assert ended(cluster, job) == ("COMPLETED", 0, 1)
     # 143 where srun ended the other process first
     assert re.search(rf"job {job} ended with (137|143); back into the queue", cluster.log(job))
     assert len(said(cluster, job)) == 4
 
 
-def test_a_job_that_fails_again_and_again_is_given_up(cluster, submit):
-    job = submit("train.sbatch", "-c", "a", CODES="1 1", L2L_SCALE_MAX_RESTARTS="1")
+def test_a_job_that_fails_again_and_again_is_given_up(cluster, submit, tmp_path):
+    run = ("train.sbatch", "-c", "a", "--run_dir", "elsewhere", f"--run_dir={tmp_path}")
+    job = submit(*run, CODES="1 1", L2L_SCALE_MAX_RESTARTS="1")
     assert ended(cluster, job) == ("FAILED", 1, 1)
     assert "was started again 1 times already; giving up" in cluster.log(job)
+    assert not (tmp_path / ".failures").exists()
+
+
+def test_only_failures_in_a_row_count(cluster, submit, tmp_path):
+    run = ("train.sbatch", "-c", "a", "--run_dir", str(tmp_path))
+    job = submit(*run, CODES="1 75")
+    assert ended(cluster, job) == ("FAILED", 75, 1)
+    assert not (tmp_path / ".failures").exists()
 
 
 def test_a_mistake_that_one_rank_finds_is_not_hidden_by_those_that_srun_ends(cluster, submit):

@@ -156,12 +156,12 @@ def test_a_requeued_job_saves_first_and_appends_to_its_log(cluster, submit):
     assert len(said(cluster, job)) == 2
 
 
-def test_sweep_over_seeds_has_a_folder_each_and_requeues_one_task_only(cluster, submit):
-    arguments = ("sweep.sbatch", "-c", "a", "--run_dir", "runs/x")
+def test_sweep_over_seeds_has_a_folder_each_and_requeues_one_task_only(cluster, submit, tmp_path):
+    arguments = ("sweep.sbatch", "-c", "a", "--run_dir", str(tmp_path / "x"))
     array = submit("--array=3,5", *arguments, CODES="137 0", SECONDS_TO_RUN="1")
     for seed in (3, 5):
         assert ended(cluster, f"{array}_{seed}") == ("COMPLETED", 0, 1)
-        own = f"<--run_dir><runs/x-{seed}><--seed_everything><{seed}><--ckpt_path><last>"
+        own = f"<--run_dir><{tmp_path}/x-{seed}><--seed_everything><{seed}><--ckpt_path><last>"
         assert [own in line for line in said(cluster, f"{array}_{seed}")] == [True, True]
 
 

@@ -6,6 +6,7 @@ import json
 import signal
 import time
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import lightning as L
@@ -19,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from l2l_scale.cli.experiment import Experiment
 from l2l_scale.cli.export import export_rule
 from l2l_scale.cli.loggers import all_loggers, ending, give_folder, log_rule, take_folder, wandb_runs
-from l2l_scale.cli.run_folder import choose_folder, empty, find_checkpoint, keep_metrics
+from l2l_scale.cli.run_folder import choose_folder, empty, find_checkpoint, keeping_metrics
 from l2l_scale.cli.stopping import stop_here
 from l2l_scale.deploy import classes_of
 from l2l_scale.files import write_atomically
@@ -93,9 +94,10 @@ class Fit(Experiment):
             self.datamodule.actors.check(trainer.num_devices)
         if self.config.check_memory and trainer.local_rank == 0:  # once per host: it counts all its ranks
             check_memory(self.model, self.datamodule, machine_of(trainer))
-        if trainer.is_global_zero:
-            keep_metrics(self.folder)  # before Lightning sets its logger up, which deletes them
-        with ending(trainer.loggers), self.run_state:
+        metrics: AbstractContextManager[None] = nullcontext()
+        if trainer.is_global_zero:  # before Lightning sets its logger up, which deletes them
+            metrics = keeping_metrics(self.folder, began=lambda: self.run_state.record is not None)
+        with ending(trainer.loggers), self.run_state, metrics:
             try:
                 trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.ckpt_path)
             except SystemExit as stop:  # Lightning's answer to a second Ctrl-C

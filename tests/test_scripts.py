@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 COMMANDS = [
     *("scripts/quickstart", "scripts/two_processes", "scripts/test", "scripts/benchmark"),
-    *("scripts/benchmark_sampling", "scripts/benchmark_scaling", ".ci/run"),
+    *("scripts/benchmark_sampling", "scripts/benchmark_scaling", "scripts/benchmark_checkpoints", ".ci/run"),
 ]
 PIN = re.compile(r'([A-Za-z0-9._-]+)==([0-9][0-9a-z.]*)(?:; (python_version (?:<|>=) "3\.\d+"))?')
 # Installed unpinned on purpose: the installers, and the CUDA libraries that torch itself pins.

@@ -15,7 +15,8 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 COMMANDS = [
     *("scripts/quickstart", "scripts/two_processes", "scripts/test", "scripts/benchmark"),
-    *("scripts/benchmark_sampling", "scripts/benchmark_scaling", "scripts/torture", ".ci/run"),
+    *("scripts/benchmark_sampling", "scripts/benchmark_scaling", "scripts/benchmark_checkpoints"),
+    *("scripts/torture", ".ci/run"),
 ]
 SLURM = [f"slurm/{name}" for name in ("env.sh", "ray.sh", "train.sbatch", "sweep.sbatch", "evaluate.sbatch")]
 PIN = re.compile(r'([A-Za-z0-9._-]+)==([0-9][0-9a-z.]*)(?:; (python_version (?:<|>=) "3\.\d+"))?')

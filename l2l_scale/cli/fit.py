@@ -7,7 +7,7 @@ import os
 import signal
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import lightning as L
@@ -26,7 +26,7 @@ from l2l_scale.cli.run_folder import (
     choose_folder,
     empty,
     find_checkpoint,
-    keep_metrics,
+    keeping_metrics,
     launched_by_lightning,
     occupied,
 )
@@ -105,18 +105,22 @@ class Fit(Experiment):
             self.datamodule.actors.check(trainer.num_devices)
         if self.config.check_memory and trainer.local_rank == 0:  # once per host: it counts all its ranks
             check_memory(self.model, self.datamodule, machine_of(trainer))
-        with occupied(self.folder) if trainer.is_global_zero else nullcontext():
+        with ExitStack() as stack:
             if trainer.is_global_zero:
-                keep_metrics(self.folder)  # before Lightning sets its logger up, which deletes them
-            with ending(trainer.loggers), self.run_state:
-                self.fit(trainer)
-                if trainer.is_global_zero:
-                    if self.run_state.record is None:  # nothing was left to train: killed at its very end
-                        self.begin()
-                        self.run_state.on_train_start(trainer, self.model)
-                    self.finish(time.perf_counter() - started)
-                self.run_state.end("finished")
-            close_log()
+                stack.enter_context(occupied(self.folder))
+                began = lambda: self.run_state.record is not None  # noqa: E731
+                # Before Lightning sets its logger up, which deletes them.
+                stack.enter_context(keeping_metrics(self.folder, began))
+            stack.enter_context(ending(trainer.loggers))
+            stack.enter_context(self.run_state)
+            self.fit(trainer)
+            if trainer.is_global_zero:
+                if self.run_state.record is None:  # nothing was left to train: killed at its very end
+                    self.begin()
+                    self.run_state.on_train_start(trainer, self.model)
+                self.finish(time.perf_counter() - started)
+            self.run_state.end("finished")
+        close_log()
 
     def fit(self, trainer: L.Trainer) -> None:
         """Train; a run that was stopped in good order ends the process here."""

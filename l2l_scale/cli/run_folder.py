@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -89,13 +89,23 @@ def occupied(folder: Path) -> Iterator[None]:
                     path.rmdir()
 
 
-def keep_metrics(folder: Path) -> None:
-    """Put the metrics of a run that is resumed out of the way: the logger starts its file anew."""
+@contextmanager
+def keeping_metrics(folder: Path, began: Callable[[], bool]) -> Iterator[None]:
+    """Put the metrics of a run that is resumed out of the way: the logger starts its file anew.
+
+    They are put back if what happens inside fails before training began.
+    """
     metrics, number = folder / "metrics.csv", 1
     while (kept := folder / f"metrics-{number}.csv").exists():
         number += 1
     if metrics.exists():
         metrics.rename(kept)
+    try:
+        yield
+    except BaseException:
+        if kept.exists() and not began():
+            kept.replace(metrics)
+        raise
 
 
 def empty(folder: Path) -> None:

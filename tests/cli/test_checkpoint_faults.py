@@ -1,4 +1,4 @@
-"""Damaged checkpoints and failing disks, on the command line: one line, an exit code, and nothing is lost."""
+"""Damaged checkpoints and disks that fail, on the command line: one line, an exit code, nothing lost."""
 
 import csv
 import os

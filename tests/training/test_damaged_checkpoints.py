@@ -18,6 +18,7 @@ from test_checkpoints import differences, fit
 from test_meta_training import make_data, make_module
 
 from l2l_scale.estimators import LogLoss, TruncatedBPTT
+from l2l_scale.sampling import PoolSettings
 from l2l_scale.training import Checkpoints, Trainer
 from l2l_scale.training.checkpoints import CheckpointError, DamagedError, shelf
 from l2l_scale.training.checkpoints.folder import (
@@ -402,3 +403,14 @@ def test_changed_settings_of_the_module_are_refused_by_name(stopped):
         fit(stopped.parent, STEPS, stopped / "last", module=make_module(final_fraction=0.5))
     with pytest.raises(ValueError, match=r"data\.slots is 6 there and 8 here.*or start a new run"):
         fit(stopped.parent, STEPS, stopped / "last", data=make_data(slots=8))
+
+
+@pytest.mark.slow
+def test_another_number_of_actors_goes_on_bit_for_bit(straight, stopped):
+    for actors in (1, 2):
+        folder = stopped.parents[1] / f"actors-{actors}"
+        shutil.copytree(stopped, folder / "checkpoints", symlinks=True)
+        data = make_data(pool=PoolSettings(num_actors=actors))
+        fit(folder, STEPS, folder / "checkpoints" / "last", callbacks=[Config()], data=data)
+        end = f"checkpoints/step-{STEPS:08d}"
+        assert differences(straight / end, folder / end) == []

@@ -154,7 +154,7 @@ def test_the_number_of_ranks_may_change_between_a_checkpoint_and_the_run_that_go
     assert (one["ranks"], other["ranks"], one["next_window"]) == (before, after, other["next_window"])
 
 
-def test_the_number_of_actors_may_change_and_that_of_slots_may_not(tmp_path):
+def test_the_number_of_slots_must_not_change(tmp_path):
     straight, again = tmp_path / "straight", tmp_path / "again"
     phi, _ = train(straight, 8, 2, callbacks=[keep_all(straight)])
     last = stopped(straight, again, 5)

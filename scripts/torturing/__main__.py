@@ -42,7 +42,7 @@ def arguments() -> argparse.Namespace:
     add("--ranks", type=int, default=1, help="training processes (default: %(default)s)")
     add("--actors", type=int, default=0, help="Ray actors per rank that draw windows (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
-    add("--meta_steps", type=int, default=300, help="of a run, a multiple of 25 (default: %(default)s)")
+    add("--meta_steps", type=int, default=200, help="of a run, a multiple of 25 (default: %(default)s)")
     add("--fresh", action="store_true", help="a new interpreter for every start, instead of forks")
     out_help = "where the runs go, kept at the end; default: a temporary folder, kept if anything was wrong"
     add("--out", type=Path, help=out_help)

@@ -77,7 +77,7 @@ def _run(folder: Path) -> Iterator[tuple[str, Any]]:
 
 def _metrics(folder: Path) -> Iterator[tuple[str, str]]:
     """What was logged at which meta-step, in any start of the run; of what was logged twice, the last."""
-    pieces = [*folder.glob("metrics-*.csv"), folder / "metrics.csv"]
+    pieces = folder.glob("metrics*.csv")  # a start with nothing left to train makes no file of its own
     values: dict[str, str] = {}
     for path in sorted(pieces, key=lambda path: path.stat().st_mtime):
         with path.open() as file:

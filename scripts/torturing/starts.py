@@ -100,7 +100,7 @@ def start(arguments: list[str], setting: Setting, log: Path) -> int:
     code = 1
     try:
         os.setsid()
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(output, 1)
         os.dup2(output, 2)
         if setting.fresh:

@@ -51,6 +51,7 @@ def start_ray() -> RayNode:
     os.environ.setdefault("RAY_AUTH_TOKEN", os.urandom(32).hex())
     with _our_signals():
         ray.init(
+            address="local",  # else it would join a cluster that happens to run on this machine, or refuse
             num_cpus=available_cores(),
             num_gpus=0,
             include_dashboard=False,

@@ -166,10 +166,11 @@ def table(one: dict[str, Any]) -> Table:
 
 def sentence(run: dict[str, Any]) -> str:
     """What the run came to."""
+    rhythm = f"every_seconds {run['every_seconds']:g}, max_share {run['max_share']:g}"
+    took, last = run["seconds_of_checkpoints"], run["seconds_of_the_last"]
     return (
-        f"training for {run['seconds']:.0f} s ({run['windows']} windows): "
-        f"{run['seconds_of_checkpoints']:.2f} s, {run['share']:.2%}, went into checkpoints (every_seconds {run['every_seconds']:g}, max_share "
-        f"{run['max_share']:g}), and {run['seconds_of_the_last']:.2f} s into the last one at the end"
+        f"training for {run['seconds']:.0f} s ({run['windows']} windows): {took:.2f} s, {run['share']:.2%}, "
+        f"went into checkpoints ({rhythm}), and {last:.2f} s into the last one at the end"
     )
 
 

@@ -17,14 +17,14 @@ from l2l_scale.training.checkpoints.folder import tidy
 from l2l_scale.training.checkpoints.inflight import KEY
 from l2l_scale.training.checkpoints.store import LOADED_FROM, on_rank_0
 from l2l_scale.training.preemption import Interruption, Reason, Stopped
-from l2l_scale.training.ranks import most_of_all_ranks
+from l2l_scale.training.ranks import most_of_all_ranks, world_size
 from l2l_scale.training.slurm_job import SlurmJob
 from l2l_scale.tree import tree_map
 
 STATE_KEY = "Checkpoints"
 """Where Lightning keeps this callback's state in a checkpoint."""
 _RHYTHM = 10
-"""Between validations ranks agree every so many meta-steps whether it is time."""
+"""Between validations several ranks agree every so many meta-steps whether it is time."""
 
 
 class Checkpoints(Checkpoint):
@@ -174,8 +174,8 @@ class Checkpoints(Checkpoint):
         """Collective. Whether so many intervals have passed, on the clock of any rank."""
         if self.every_n_meta_steps is not None:
             return step % self.every_n_meta_steps == 0
-        if intervals > 1 and step % _RHYTHM:
-            return False
+        if intervals > 1 and world_size(module) > 1 and step % _RHYTHM:
+            return False  # each look is a collective
         interval = max(self.every_seconds, self.seconds / self.max_share)
         passed = time.monotonic() - self._began_at >= intervals * interval
         return bool(most_of_all_ranks(module, int(passed)))

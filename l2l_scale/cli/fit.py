@@ -87,6 +87,8 @@ class Fit(Experiment):
         if self.config.trainer.enable_progress_bar in (None, True):
             own.append(MetaStepBar())
         self.trainer_defaults["callbacks"] = own
+        if self.config.trainer.enable_checkpointing is False:
+            self.parser.callback_keys.remove("checkpoint")
         kwargs["logger"] = all_loggers(self.config_init.trainer.logger, self.folder)
         kwargs["default_root_dir"] = self.config.trainer.default_root_dir or str(self.folder)
         trainer = super().instantiate_trainer(**kwargs)

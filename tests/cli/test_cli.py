@@ -355,3 +355,10 @@ def test_last_is_a_fresh_start_where_there_is_nothing_yet(tmp_path, capsys, monk
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["smoke"]
     steps = sorted(path.name for path in (tmp_path / "runs/smoke/checkpoints").iterdir())
     assert steps == ["last", "step-00000025", "step-00000050"]
+
+
+def test_without_checkpoints_a_run_trains_and_says_so(tmp_path, capsys):
+    main(["fit", "-c", SMOKE, "--run_dir", str(tmp_path / "run"), "--trainer.enable_checkpointing", "false"])
+    assert "no checkpoint was written" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "finished"

@@ -70,11 +70,8 @@ class Checkpoints(Checkpoint):
         if every_n_meta_steps is not None:
             check_count("every_n_meta_steps", every_n_meta_steps)
         self.monitor, self.sign = monitor, {"min": 1, "max": -1}[mode]
-        self.every_seconds, self.max_share, self.every_n_meta_steps = (
-            every_seconds,
-            max_share,
-            every_n_meta_steps,
-        )
+        self.every_seconds, self.max_share = every_seconds, max_share
+        self.every_n_meta_steps = every_n_meta_steps
         self.keep_last, self.keep_best = keep_last, keep_best
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.interruption = Interruption(SlurmJob.current()) if heed_signals else None

@@ -27,10 +27,10 @@ class Plan(Fit):
         self.config_init = self.parser.instantiate(self.config)
         self.datamodule, self.model = self.config_init.data, self.config_init.model
 
-    def save_config(self) -> None:
-        """Write the configuration into the run folder, for the job."""
+    def write_config(self, path: Path) -> None:
+        """Write the configuration for the job."""
         text = self.parser.dump(self.saved_config(), skip_none=False, skip_validation=True)
-        (self.folder / "config.yaml").write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
 
     def check(self, request: Request) -> None:
         """Refuse what ``fit`` would refuse in the job, after waiting in the queue.
@@ -134,10 +134,15 @@ def read(arguments: list[str]) -> tuple[Namespace, list[str]]:
     return own, rest
 
 
-def job_arguments(plan: Plan, sampling: int) -> list[str]:
-    """What ``fit`` gets in a job with so many sampling nodes; config.yaml holds the rest."""
-    folder = plan.folder.resolve()
-    arguments = ["-c", str(folder / "config.yaml"), "--run_dir", str(folder)]
+def config_of(folder: Path, request: Request) -> Path:
+    """Where the configuration is. That of an array is none of a run: its runs have folders of their own."""
+    return folder / ("sweep.yaml" if request.array else "config.yaml")
+
+
+def job_arguments(plan: Plan, request: Request) -> list[str]:
+    """What ``fit`` gets in a job; the configuration holds the rest."""
+    folder, sampling = plan.folder.resolve(), request.sampling_nodes
+    arguments = ["-c", str(config_of(folder, request)), "--run_dir", str(folder)]
     if not plan.config.check_memory:
         arguments += ["--check_memory", "false"]
     if sampling and plan.datamodule.pool.num_actors:  # else the script takes as many as there are CPUs
@@ -160,7 +165,7 @@ def run(arguments: list[str]) -> None:
     plan = Plan(rest)
     plan.check(request)
     folder = plan.folder.resolve()
-    script = render(templates, request, folder, job_arguments(plan, request.sampling_nodes))
+    script = render(templates, request, folder, job_arguments(plan, request))
     if own.dry_run:
         print(f"{script}\n# {folder / 'job.sbatch'}; to be submitted by:\nsbatch {folder / 'job.sbatch'}")
         return
@@ -171,7 +176,7 @@ def run(arguments: list[str]) -> None:
         )
     existed = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    plan.save_config()
+    plan.write_config(config_of(folder, request))
     take_snapshot(folder / "code", templates)
     if lines:
         (folder / "sweep.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

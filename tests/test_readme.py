@@ -51,6 +51,7 @@ SMALL = {
 }
 SMALL["tune"] = SMALL["evaluate"]
 SMALL["memory"] = SMALL["runs"] = []
+SMALL["slurm"] = ["--dry-run"]
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,7 @@ def folder(tmp_path_factory):
     """A folder like a fresh clone, in which the README's examples run one after another."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "configs").symlink_to(ROOT / "configs")
+    (folder / "rates.txt").write_text("--model.learning_rate 0.001\n--data.slots 64\n")
     return folder
 
 
@@ -84,7 +86,7 @@ def test_command_runs(command, monkeypatch):
 
 def test_the_commands_are_found():
     assert [shlex.split(command)[1] for command in COMMANDS] == [
-        *("fit", "evaluate", "tune", "export", "runs", "memory", "fit"),
+        *("fit", "evaluate", "tune", "export", "runs", "memory", "fit", "slurm", "slurm", "slurm"),
     ]
     assert any("--ckpt_path last" in command for command in INLINE)
 

@@ -15,8 +15,10 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 COMMANDS = [
     *("scripts/quickstart", "scripts/two_processes", "scripts/test", "scripts/benchmark"),
-    *("scripts/benchmark_sampling", "scripts/benchmark_scaling", "scripts/torture", ".ci/run"),
+    *("scripts/benchmark_sampling", "scripts/benchmark_scaling", "scripts/benchmark_checkpoints"),
+    *("scripts/torture", ".ci/run"),
 ]
+SLURM = [f"slurm/{name}" for name in ("env.sh", "ray.sh", "train.sbatch", "sweep.sbatch", "evaluate.sbatch")]
 PIN = re.compile(r'([A-Za-z0-9._-]+)==([0-9][0-9a-z.]*)(?:; (python_version (?:<|>=) "3\.\d+"))?')
 # Installed unpinned on purpose: the installers, and the CUDA libraries that torch itself pins.
 UNPINNED = re.compile(r"pip|setuptools|triton|(nvidia|cuda)-.*")
@@ -45,7 +47,7 @@ def pins(python: str) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("script", [*COMMANDS, "scripts/environment.sh"])
+@pytest.mark.parametrize("script", [*COMMANDS, "scripts/environment.sh", *SLURM])
 def test_script_is_valid_bash(script: str) -> None:
     subprocess.run(["bash", "-n", ROOT / script], check=True)
 
@@ -106,14 +108,23 @@ class Clone:
         self.python.parent.mkdir(parents=True)
         self.python.write_text(STAND_IN)
         self.python.chmod(0o755)
+        self.programs = folder.parent / "programs"
+        self.programs.mkdir()
+        self.add_program("slurmctld", "exit 0")  # else .ci/run would install Slurm on this machine
+
+    def add_program(self, name: str, script: str) -> None:
+        """Put a stand-in for a program before those of the system."""
+        (self.programs / name).write_text(f"#!/bin/bash\n{script}\n")
+        (self.programs / name).chmod(0o755)
 
     def run(self, *command: str, **variables: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
         """Run a script from elsewhere; the result, and its calls of Python but for the look for pip."""
         self.calls.write_text("")
-        environment = {**os.environ, "CALLS": str(self.calls), "FAIL": "", **variables}
-        path, *arguments = command
+        path = f"{self.programs}:{variables.pop('PATH', os.environ['PATH'])}"
+        environment = {**os.environ, "CALLS": str(self.calls), "FAIL": "", "PATH": path, **variables}
+        script, *arguments = command
         result = subprocess.run(
-            [self.folder / path, *arguments],
+            [self.folder / script, *arguments],
             cwd="/",
             env=environment,
             text=True,
@@ -172,6 +183,23 @@ def test_ci_checks_lint_format_types_and_tests_and_stops_at_the_first_failure(cl
     result, calls = clone.run(".ci/run", FAIL="*--check")
     assert result.returncode == 3
     assert calls[-1] == "-m ruff format --check"
+
+
+@pytest.mark.parametrize(("ends", "said"), [(0, "== Slurm"), (100, "those tests are skipped")])
+def test_ci_installs_slurm_where_it_is_missing_and_goes_on_without(
+    clone: Clone, ends: int, said: str
+) -> None:
+    (clone.programs / "slurmctld").unlink()
+    clone.add_program("id", "echo 0")
+    clone.add_program("apt-get", f'echo "apt-get $*" >>"$CALLS"; [[ $1 == update ]] || exit {ends}')
+    result, calls = clone.run(".ci/run", PATH="/usr/bin:/bin")  # slurmctld lies in an sbin
+    assert calls[-3:] == [
+        "apt-get update",
+        "apt-get install -y --no-install-recommends slurm-wlm munge",
+        PYTEST,
+    ]
+    assert result.returncode == 0
+    assert said in result.stdout
 
 
 def test_quickstart_trains_and_evaluates_the_same_rule_and_names_what_it_made(clone: Clone) -> None:

@@ -78,6 +78,11 @@ class Piece:
         return [record.metric.name for record in self.records if record.HasField("metric")]
 
     @property
+    def preempted(self) -> bool:
+        """Whether the end of this start is not that of the run."""
+        return any(record.HasField("preempting") for record in self.records)
+
+    @property
     def exit_codes(self) -> list[int]:
         """The run's exit code, if it has ended."""
         return [record.exit.exit_code for record in self.records if record.HasField("exit")]

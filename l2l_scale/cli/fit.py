@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import lightning as L
@@ -19,9 +20,19 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from l2l_scale.cli.experiment import Experiment
 from l2l_scale.cli.export import export_rule
+from l2l_scale.cli.headline import headline
 from l2l_scale.cli.loggers import all_loggers, ending, give_folder, log_rule, take_folder, wandb_runs
-from l2l_scale.cli.run_folder import METRICS, choose_folder, empty, find_checkpoint, keep_metrics, occupied
-from l2l_scale.cli.stopping import stop_here
+from l2l_scale.cli.run_folder import (
+    choose_folder,
+    empty,
+    find_checkpoint,
+    keeping_metrics,
+    launched_by_lightning,
+    occupied,
+)
+from l2l_scale.cli.run_log import close_log, note_failure, open_log, say
+from l2l_scale.cli.srun import settle_srun
+from l2l_scale.cli.stopping import end_with_parent, stop_here
 from l2l_scale.deploy import classes_of
 from l2l_scale.files import write_atomically
 from l2l_scale.training import Checkpoints, MetaStepBar, PaceReport, Stopped, Trainer, TrajectoryMetrics
@@ -76,6 +87,8 @@ class Fit(Experiment):
         if self.config.trainer.enable_progress_bar in (None, True):
             own.append(MetaStepBar())
         self.trainer_defaults["callbacks"] = own
+        if self.config.trainer.enable_checkpointing is False:
+            self.parser.callback_keys.remove("checkpoint")
         kwargs["logger"] = all_loggers(self.config_init.trainer.logger, self.folder)
         kwargs["default_root_dir"] = self.config.trainer.default_root_dir or str(self.folder)
         trainer = super().instantiate_trainer(**kwargs)
@@ -94,19 +107,22 @@ class Fit(Experiment):
             self.datamodule.actors.check(trainer.num_devices)
         if self.config.check_memory and trainer.local_rank == 0:  # once per host: it counts all its ranks
             check_memory(self.model, self.datamodule, machine_of(trainer))
-        with occupied(self.folder) if trainer.is_global_zero else nullcontext():
-            # Before Lightning sets its logger up, which deletes them.
-            kept = keep_metrics(self.folder) if trainer.is_global_zero else None
-            with ending(trainer.loggers), self.run_state:
-                self.fit(trainer)
-                if trainer.is_global_zero:
-                    if self.run_state.record is None:  # nothing was left to train: killed at its very end
-                        if kept is not None:
-                            kept.rename(self.folder / METRICS)
-                        self.begin()
-                        self.run_state.on_train_start(trainer, self.model)
-                    self.finish(time.perf_counter() - started)
-                self.run_state.end("finished")
+        with ExitStack() as stack:
+            if trainer.is_global_zero:
+                stack.enter_context(occupied(self.folder))
+                began = lambda: self.run_state.record is not None  # noqa: E731
+                # Before Lightning sets its logger up, which deletes them.
+                stack.enter_context(keeping_metrics(self.folder, began))
+            stack.enter_context(ending(trainer.loggers))
+            stack.enter_context(self.run_state)
+            self.fit(trainer)
+            if trainer.is_global_zero:
+                if self.run_state.record is None:  # nothing was left to train: killed at its very end
+                    self.begin()
+                    self.run_state.on_train_start(trainer, self.model)
+                self.finish(time.perf_counter() - started)
+            self.run_state.end("finished")
+        close_log()
 
     def fit(self, trainer: L.Trainer) -> None:
         """Train; a run that was stopped in good order ends the process here."""
@@ -126,7 +142,8 @@ class Fit(Experiment):
         if self.config.overwrite:
             empty(self.folder)
         self.save_config()
-        print(self.headline(), flush=True)
+        open_log(self.folder)
+        say(headline(self.model, self.datamodule, self.trainer, self.folder))
         self.begin_logging()
 
     def begin_logging(self) -> None:
@@ -153,47 +170,18 @@ class Fit(Experiment):
         write_atomically(self.folder / "config.yaml", text.encode())
         self.trainer.texts["config.yaml"] = text  # type: ignore[attr-defined]
 
-    def headline(self) -> str:
-        """What is about to run."""
-        data, size = self.datamodule, sum(p.numel() for p in self.model.rule.parameters())
-        sizes = [family.spec.size for family in data.mixture.families.values()]
-        stored = dict.fromkeys(filter(None, map(self.model.rule.storage_for, sizes)))
-        storage = "".join(f"{text}; " for text in stored)
-        backends = "; ".join(dict.fromkeys(one.description for one in self.model.accelerated.values()))
-        ranks = f" on {self.trainer.world_size} ranks" if self.trainer.world_size > 1 else ""
-        shortest, longest = data.schedule.horizons[0], data.schedule.horizons[-1]
-        horizon = f"{longest}" if shortest == longest else f"{shortest} to {longest}"
-        return (
-            f"meta-training {type(self.model.rule).__name__} ({size:,} parameters) on {self.what()}\n"
-            f"{data.slots} slots{ranks}, windows of {data.schedule.window} of a horizon of {horizon}, "
-            f"{self.trainer.max_steps:,} meta-steps, seed {data.seed}\n"
-            f"backend {backends}, {torch.get_num_threads()} CPU threads; {storage}run folder {self.folder}"
-        )
-
-    def what(self) -> str:
-        """What is trained on; the families of a mixture one by one."""
-        data, mixture = self.datamodule, self.datamodule.mixture
-        if data.family is not mixture:
-            return str(data.family)
-        slots, weights = mixture.slots(data.slots), mixture.weights
-        lines = (
-            f"\n  {name}: {family} ({len(slots[name])} slots, weight {weights[name]:.3g})"
-            for name, family in mixture.families.items()
-        )
-        return f"{len(weights)} families, {mixture.placement}:" + "".join(lines)
-
     def finish(self, seconds: float) -> None:
         """Export the best rule and say where everything is."""
-        print(f"meta-training took {seconds:.0f} s ({self.trainer.global_step:,} meta-steps)")
+        say(f"meta-training took {seconds:.0f} s ({self.trainer.global_step:,} meta-steps)")
         checkpoints = self.trainer.checkpoint_callback
         if not isinstance(checkpoints, Checkpoints) or checkpoints.dirpath is None:
-            print("no checkpoint was written (trainer.enable_checkpointing is false)")
+            say("no checkpoint was written (trainer.enable_checkpointing is false)")
             return
         out, classes = self.folder / "rule.safetensors", classes_of(self.model.rule)
         rule = export_rule(checkpoints.dirpath / LAST, out, classes, best=True)
         log_rule(self.trainer.loggers, rule)
-        print(f"best rule by {self.config.checkpoint.monitor}: {rule}")
-        print(f"next: l2l-scale evaluate -c {self.folder / 'config.yaml'}")
+        say(f"best rule by {self.config.checkpoint.monitor}: {rule}")
+        say(f"next: l2l-scale evaluate -c {self.folder / 'config.yaml'}")
 
 
 class RunFolder(Callback):
@@ -206,6 +194,16 @@ class RunFolder(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin the run."""
         self.fit.begin()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Note why a run failed; one that was stopped in good order has not."""
+        if isinstance(exception, Stopped):
+            for run in wandb_runs(trainer.loggers):
+                run.mark_preempted()
+        else:
+            note_failure(exception)
 
 
 def check_rhythm(max_steps: int, windows_per_epoch: int, windows_per_step: int) -> None:
@@ -241,7 +239,10 @@ def machine_of(trainer: L.Trainer) -> Machine:
 
 def run(arguments: list[str]) -> None:
     """Train as the command line says."""
+    settle_srun()
     warnings.filterwarnings("ignore", category=PossibleUserWarning)  # advice that does not fit our loaders
     warnings.filterwarnings("ignore", message=".*directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+    if launched_by_lightning(os.environ):
+        end_with_parent()
     Fit(arguments).train()

@@ -16,6 +16,7 @@ COMMANDS = {
     "export": "write the rule of a checkpoint as a file for LearnedOptimizer",
     "memory": "predict the memory that meta-training with a config needs",
     "runs": "list run folders with state, last meta-step and best value",
+    "slurm": "submit a meta-training to Slurm",
 }
 
 USAGE = f"""usage: l2l-scale COMMAND [options]
@@ -39,7 +40,8 @@ def main(args: Sequence[str] | None = None) -> None:
         print(f"l2l-scale {version('l2l_scale')}")
         return
     if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # your own tasks and rules, as with python -m
+        # Your own tasks and rules, as with python -m; at the end, for a job's PYTHONPATH holds its own copy.
+        sys.path.append(str(Path.cwd()))
     try:
         run(arguments[0], arguments[1:])
     except KeyboardInterrupt:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from l2l_scale.cli.run_log import LOG_FILE
 from l2l_scale.run_record import RUN_FILE
 
-PATIENCE = 20.0
+LOCK = ".lock"
+PATIENCE = 10.0
 """Seconds to wait for a process that is about to end, as after requeueing."""
-METRICS = "metrics.csv"
-"""What the logger writes."""
 RUN_DIR_VARIABLE = "L2L_SCALE_RUN_DIR"  # how the processes that Lightning starts learn the folder
 
 
@@ -69,7 +69,8 @@ def occupied(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: if another one does, and does not end within seconds.
     """
-    lock = FileLock(folder / ".lock", timeout=PATIENCE)
+    lock, missing = FileLock(folder / LOCK, timeout=PATIENCE), [folder, *folder.parents]
+    missing = [path for path in missing if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         holder = lock.acquire()
@@ -79,26 +80,41 @@ def occupied(folder: Path) -> Iterator[None]:
             "Wait for it, stop it, or choose another folder"
         ) from error
     with holder:
-        yield
+        try:
+            yield
+        finally:
+            if list(folder.iterdir()) == [folder / LOCK]:  # it was refused before it started: nothing is left
+                (folder / LOCK).unlink()
+                for path in missing:
+                    path.rmdir()
 
 
-def keep_metrics(folder: Path) -> Path | None:
+@contextmanager
+def keeping_metrics(folder: Path, began: Callable[[], bool]) -> Iterator[None]:
     """Put the metrics of a run that is resumed out of the way: the logger starts its file anew.
 
-    Returns:
-        Where they are then, if there were any.
+    They are put back if what happens inside ends before training began, or without new ones, as where nothing
+    was left to train.
     """
-    metrics, number = folder / METRICS, 1
+    metrics, number = folder / "metrics.csv", 1
     while (kept := folder / f"metrics-{number}.csv").exists():
         number += 1
-    return metrics.rename(kept) if metrics.exists() else None
+    if metrics.exists():
+        metrics.rename(kept)
+    try:
+        yield
+    finally:
+        if kept.exists() and not (began() and metrics.exists()):
+            kept.replace(metrics)
 
 
 def empty(folder: Path) -> None:
     """Delete a run; only what a run writes, so that a mistyped folder loses nothing else."""
     for name in ("checkpoints", "evaluation", "wandb"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    files = (folder / name for name in ("config.yaml", "rule.safetensors", "validation.png", RUN_FILE))
+    files = (
+        folder / name for name in ("config.yaml", "rule.safetensors", "validation.png", LOG_FILE, RUN_FILE)
+    )
     for path in (*files, *folder.glob("metrics*.csv"), *folder.glob(f".{RUN_FILE}.*.tmp")):
         path.unlink(missing_ok=True)
 
@@ -127,6 +143,8 @@ def find_checkpoint(wish: str | None, folder: Path) -> str | None:
         return None
     if wish == LAST:
         return str(folder / "checkpoints" / LAST) if has_checkpoint(folder / "checkpoints") else None
+    if Path(wish).name == LAST and has_checkpoint(Path(wish).parent):
+        return wish  # the link itself may be missing, or point nowhere
     if not Path(wish).exists():
         raise ValueError(
             f"ckpt_path ({wish}): there is no such checkpoint; run folders keep theirs in checkpoints/"

@@ -1,14 +1,17 @@
-"""The end of a run that was stopped: what is said, whether it is queued again, and its exit code."""
+"""How a run ends before its end: what is said, whether it is queued again, and its exit code."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import NoReturn
 
 from l2l_scale.cli.run_folder import launched_by_lightning
+from l2l_scale.cli.run_log import say
 from l2l_scale.training import Reason, Stopped
 from l2l_scale.training.run_state import RunStateFile
 from l2l_scale.training.slurm_job import SlurmJob
@@ -16,6 +19,18 @@ from l2l_scale.training.slurm_job import SlurmJob
 REQUEUED = 75
 """Exit code of a run that was saved and goes on later by itself (EX_TEMPFAIL)."""
 _SIGNALS = {Reason.INTERRUPT: signal.SIGINT, Reason.USR1: signal.SIGUSR1, Reason.TERM: signal.SIGTERM}
+
+
+def end_with_parent() -> None:
+    """Let this process, which Lightning started, not outlive the one that did, however that ends."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="parent-observer").start()
 
 
 def exit_code(reason: Reason, in_slurm: bool) -> int:
@@ -35,18 +50,18 @@ def stop_here(stop: Stopped, record: RunStateFile, folder: Path) -> NoReturn:
     job = SlurmJob.current()
     code = exit_code(stop.reason, job is not None)
     if record.record is not None:  # rank 0
-        print(stop)
+        say(str(stop))
         if job is None or code != REQUEUED or not _requeue(job, stop, record):
-            print(f"to go on: l2l-scale fit -c {folder / 'config.yaml'} --ckpt_path last", flush=True)
+            say(f"to go on: l2l-scale fit -c {folder / 'config.yaml'} --ckpt_path last")
     sys.exit(0 if launched_by_lightning(os.environ) else code)
 
 
 def _requeue(job: SlurmJob, stop: Stopped, record: RunStateFile) -> bool:
     """Queue a job again, which ends it: the very last thing. Whether that was done."""
     record.end("requeued", stop.reason.text)
-    print(f"queueing job {job.id} again", flush=True)
+    say(f"queueing job {job.id} again")
     if job.requeue():
         return True
     record.end("stopped", stop.reason.text)
-    print(f"job {job.id} (state {job.state()}) was not queued again by this process", flush=True)
+    say(f"job {job.id} (state {job.state()}) was not queued again by this process")
     return False

@@ -225,7 +225,11 @@ class MetaTraining(L.LightningModule):
 
     def describe(self) -> dict[str, Any]:
         """What a run can only be resumed with, besides the rule and the data."""
-        return {"learning_rate": self.learning_rate, "estimator": type(self.estimator).__name__}
+        return {
+            "learning_rate": self.learning_rate,
+            "final_fraction": self.final_fraction,
+            "estimator": inflight.settings_of(self.estimator),
+        }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what this rank has in flight, and what the run is."""

@@ -95,6 +95,13 @@ class WandbRun(WandbLogger):
         if status != "success":
             self.finish(exit_code=1)
 
+    def mark_preempted(self) -> None:
+        """Tell W&B that the end that comes is none: the run will go on."""
+        self._try(self._mark_preempted)
+
+    def _mark_preempted(self) -> None:
+        self.experiment.mark_preempting()
+
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log numbers at a meta-step."""
         self._try(super().log_metrics, metrics, step)

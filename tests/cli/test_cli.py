@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from l2l_scale.cli.main import COMMANDS, main
-from l2l_scale.cli.run_folder import RUN_DIR_VARIABLE, choose_folder
+from l2l_scale.cli.run_folder import RUN_DIR_VARIABLE, choose_folder, occupied
 from l2l_scale.run_record import read_record
 from l2l_scale.training.run_state import write_record
 
@@ -334,3 +334,33 @@ def test_processes_that_others_started_must_be_told_the_folder(names, tmp_path, 
     monkeypatch.setenv(names[0], "0")
     with pytest.raises(ValueError, match="not empty"):
         choose_folder("run", "run", resumes=False, overwrite=False)
+
+
+def test_two_processes_do_not_train_in_one_folder(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("l2l_scale.cli.run_folder.PATIENCE", 0.1)
+    with occupied(tmp_path / "run"):
+        assert "run_dir" in fails(
+            ["fit", "-c", SMOKE, "--run_dir", str(tmp_path / "run"), "--ckpt_path=last"], capsys
+        )
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_last_is_a_fresh_start_where_there_is_nothing_yet(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    short = ["--trainer.max_steps", "25", "--ckpt_path", "last"]
+    main(["fit", "-c", SMOKE, *short])
+    assert "(25 meta-steps)" in capsys.readouterr().out
+    main(
+        ["fit", "-c", SMOKE, "--trainer.max_steps", "50", "--ckpt_path", "last"]
+    )  # the same folder, without a number
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["smoke"]
+    steps = sorted(path.name for path in (tmp_path / "runs/smoke/checkpoints").iterdir())
+    assert steps == ["last", "step-00000025", "step-00000050"]
+
+
+def test_without_checkpoints_a_run_trains_and_says_so(tmp_path, capsys):
+    main(["fit", "-c", SMOKE, "--run_dir", str(tmp_path / "run"), "--trainer.enable_checkpointing", "false"])
+    assert "no checkpoint was written" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "finished"

@@ -173,3 +173,20 @@ def test_mistake_is_answered_before_any_work(arguments, says, capsys, tmp_path, 
     assert says in fails(["fit", *arguments], capsys)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
     assert set(psutil.Process().children(recursive=True)) <= before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_process_of_lightnings_ends_with_the_one_that_started_it():
+    code = (
+        "import os, time\nfrom l2l_scale.cli.stopping import end_with_parent\n"
+        "child = os.fork()\n"
+        "if child == 0:\n    end_with_parent()\n    time.sleep(60)\n"
+        "print(child, flush=True)\ntime.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        child = psutil.Process(int(parent.stdout.readline()))
+        time.sleep(2.5)
+        assert child.is_running()
+        parent.kill()
+    assert left([child], timeout=10) == []

@@ -10,8 +10,9 @@ import pytest
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_two_ranks_in_a_fresh_process():
-    file = Path(__file__).with_name("two_ranks.py")
+@pytest.mark.parametrize("name", ["two_ranks.py", "two_ranks_faults.py"])
+def test_two_ranks_in_a_fresh_process(name):
+    file = Path(__file__).with_name(name)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--durations=0", str(file)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     done = subprocess.run(

@@ -57,6 +57,16 @@ def test_the_id_is_kept_in_the_folder_and_used_again(tmp_path):
     assert second.runs[0].display_name == tmp_path.name
 
 
+def test_a_run_that_will_go_on_is_no_failure(tmp_path):
+    run = WandbRun(save_dir=str(tmp_path))
+    run.log_metrics({"x": 1.0})
+    run.mark_preempted()
+    run.finalize("failed")
+    (piece,) = pieces(tmp_path)
+    assert piece.preempted
+    assert piece.exit_codes == [1]  # which W&B shows as "preempted"
+
+
 def test_waits_until_it_begins(tmp_path):
     run = WandbRun(save_dir=str(tmp_path))
     run.wait()

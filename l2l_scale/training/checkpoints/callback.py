@@ -15,16 +15,16 @@ from l2l_scale.checks import check_count, check_range
 from l2l_scale.training.checkpoints import shelf
 from l2l_scale.training.checkpoints.folder import tidy
 from l2l_scale.training.checkpoints.inflight import KEY
-from l2l_scale.training.checkpoints.store import LOADED_FROM
+from l2l_scale.training.checkpoints.store import LOADED_FROM, on_rank_0
 from l2l_scale.training.preemption import Interruption, Reason, Stopped
-from l2l_scale.training.ranks import most_of_all_ranks
+from l2l_scale.training.ranks import most_of_all_ranks, world_size
 from l2l_scale.training.slurm_job import SlurmJob
 from l2l_scale.tree import tree_map
 
 STATE_KEY = "Checkpoints"
 """Where Lightning keeps this callback's state in a checkpoint."""
 _RHYTHM = 10
-"""Between validations ranks agree every so many meta-steps whether it is time."""
+"""Between validations several ranks agree every so many meta-steps whether it is time."""
 
 
 class Checkpoints(Checkpoint):
@@ -70,11 +70,8 @@ class Checkpoints(Checkpoint):
         if every_n_meta_steps is not None:
             check_count("every_n_meta_steps", every_n_meta_steps)
         self.monitor, self.sign = monitor, {"min": 1, "max": -1}[mode]
-        self.every_seconds, self.max_share, self.every_n_meta_steps = (
-            every_seconds,
-            max_share,
-            every_n_meta_steps,
-        )
+        self.every_seconds, self.max_share = every_seconds, max_share
+        self.every_n_meta_steps = every_n_meta_steps
         self.keep_last, self.keep_best = keep_last, keep_best
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.interruption = Interruption(SlurmJob.current()) if heed_signals else None
@@ -114,9 +111,9 @@ class Checkpoints(Checkpoint):
         """
         if trainer.num_training_batches <= trainer.accumulate_grad_batches and not trainer.enable_validation:
             raise ValueError(
-                f"data.windows_per_epoch ({trainer.num_training_batches}) must be more than one "
-                "meta-step where there is no validation (trainer.limit_val_batches): checkpoints are written "
-                "between the meta-steps of an epoch, or after a validation"
+                f"data.windows_per_epoch ({trainer.num_training_batches}) must be more than one meta-step "
+                "where there is no validation (trainer.limit_val_batches): checkpoints are written between "
+                "the meta-steps of an epoch, or after a validation"
             )
         self._began_at = time.monotonic()
         if self.interruption is not None:
@@ -174,8 +171,8 @@ class Checkpoints(Checkpoint):
         """Collective. Whether so many intervals have passed, on the clock of any rank."""
         if self.every_n_meta_steps is not None:
             return step % self.every_n_meta_steps == 0
-        if intervals > 1 and step % _RHYTHM:
-            return False
+        if intervals > 1 and world_size(module) > 1 and step % _RHYTHM:
+            return False  # each look is a collective
         interval = max(self.every_seconds, self.seconds / self.max_share)
         passed = time.monotonic() - self._began_at >= intervals * interval
         return bool(most_of_all_ranks(module, int(passed)))
@@ -187,32 +184,35 @@ class Checkpoints(Checkpoint):
         path = self.dirpath / shelf.name_of(trainer.global_step)
         if self._validated is not None and self._validated[0] == trainer.global_step:
             self.values[path.name] = self._validated[1]
-        trainer.save_checkpoint(path)
         self.spare.discard(path.name)
+        trainer.save_checkpoint(path)
         self._saved_at = trainer.global_step
-        if trainer.is_global_zero:
-            shelf.point_to(path)
-            shelf.prune(self.dirpath, self._to_keep(), self.spare)
+        on_rank_0(path, lambda: self._settle(path))
         self.seconds = time.monotonic() - started
         self._began_at = time.monotonic()
         return path
 
+    def _settle(self, path: Path) -> None:
+        """Point to what was written; delete what need not be kept."""
+        shelf.point_to(path)
+        shelf.prune(path.parent, self._to_keep(), self.spare)
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know."""
-        return {"best": self.best, "values": self.values}
+        return {"best": self.best, "values": self.values, "spare": sorted(self.spare)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take it up again."""
         self.best, self.values = state_dict["best"], state_dict["values"]
+        self.spare |= set(state_dict.get("spare", ()))
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Leave newer checkpoints than this one alone: they were damaged, or are of another future."""
-        path = Path(checkpoint.get(KEY, {}).get(LOADED_FROM, ""))
-        if self.dirpath is not None and path.parent.absolute() == self.dirpath.absolute():
-            names = [one.name for one in shelf.checkpoints_in(self.dirpath)]
-            self.spare = set(names[names.index(path.name) + 1 :])
+        path = checkpoint.get(KEY, {}).get(LOADED_FROM)
+        if path and self.dirpath is not None and Path(path).parent.resolve() == self.dirpath.resolve():
+            self.spare = {one.name for one in shelf.newer_than(Path(path))}
 
     def _value(self, trainer: L.Trainer, module: L.LightningModule) -> float:
         """The monitored value; φ is remembered if it is the best.

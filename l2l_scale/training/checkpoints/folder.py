@@ -17,13 +17,13 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 import torch
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from l2l_scale.files import write_atomically
 
@@ -31,6 +31,9 @@ FORMAT = "l2l_scale.checkpoint"
 VERSION = 1
 MANIFEST = "manifest.json"
 TRAINING = "training.pt"
+LINK_DRAFT = ".last.draft"
+"""A link that is about to replace the one to the last checkpoint."""
+_FIELDS = ("files", "serial", "meta_step", "versions")
 _CHUNK = 1 << 22
 """Bytes read at once."""
 
@@ -68,11 +71,14 @@ def write_tensors(path: Path, content: Any) -> Entry:
         OSError: if that fails: a full disk, a folder that is read-only.
     """
     with path.open("wb") as file:
-        sink = _Hashed(file)
+        sink, checks = _Hashed(file), get_crc32_options()
+        set_crc32_options(False)  # half of the time, and the manifest has better checksums
         try:
             torch.save(content, cast(IO[bytes], sink))
         except RuntimeError as error:  # torch's own complaint about a position, after write() failed
             raise (sink.error or error) from error
+        finally:
+            set_crc32_options(checks)
         file.flush()
         os.fsync(file.fileno())
     return Entry(sink.bytes, sink.digest.hexdigest())
@@ -103,7 +109,12 @@ def commit(path: Path, entries: Mapping[str, Entry], notes: Mapping[str, Any]) -
     shutil.rmtree(aside, ignore_errors=True)
     if path.is_dir():
         path.rename(aside)
-    draft.rename(path)
+    try:
+        draft.rename(path)
+    except OSError:
+        if aside.is_dir():
+            aside.rename(path)
+        raise
     flush_folder(path.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
@@ -118,14 +129,24 @@ def discard(path: Path) -> None:
 
 def tidy(folder: Path) -> None:
     """Delete what interrupted writing and deleting left in a folder, and finish interrupted replacing."""
+    waiting = orphans(folder)
     for aside in folder.glob(".step-*.old"):
-        place = folder / aside.name.removeprefix(".").removesuffix(".old")
-        if place.exists():
+        if aside in waiting:
+            aside.rename(_place_of(aside))
+        else:
             shutil.rmtree(aside, ignore_errors=True)
-        else:  # the new one was not in its place yet
-            aside.rename(place)
     for draft in folder.glob(".step-*.draft"):
         shutil.rmtree(draft, ignore_errors=True)
+    (folder / LINK_DRAFT).unlink(missing_ok=True)
+
+
+def orphans(folder: Path) -> list[Path]:
+    """Checkpoints that wait for another one to take their place, which did not get there."""
+    return [aside for aside in folder.glob(".step-*.old") if not _place_of(aside).exists()]
+
+
+def _place_of(aside: Path) -> Path:
+    return aside.with_name(aside.name.removeprefix(".").removesuffix(".old"))
 
 
 def flush_folder(folder: Path) -> None:
@@ -152,14 +173,18 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise DamagedError(f"{path / MANIFEST} cannot be read ({error})") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise DamagedError(f"{path} is not a checkpoint of l2l_scale")
-    if manifest.get("version", 0) > VERSION:
+        raise DamagedError(f"{path} is not a checkpoint of l2l_scale, by its {MANIFEST}")
+    version = manifest.get("version")
+    if isinstance(version, int) and version > VERSION:
         raise DamagedError(
-            f"{path} has format version {manifest['version']}, and this l2l_scale knows up to {VERSION}; it "
-            f"was written by l2l_scale {manifest.get('versions', {}).get('l2l_scale')}: upgrade to that"
+            f"{path} has format version {version}, and this l2l_scale knows up to {VERSION}; it was written "
+            f"by l2l_scale {manifest.get('versions', {}).get('l2l_scale')}: upgrade to that"
         )
     if manifest.pop("sha256", None) != _digest(manifest):
         raise DamagedError(f"{path / MANIFEST} is damaged (its checksum does not match)")
+    missing = [name for name in _FIELDS if name not in manifest] or {TRAINING} - manifest["files"].keys()
+    if missing:
+        raise DamagedError(f"{path / MANIFEST} lacks {', '.join(missing)}")
     return manifest
 
 
@@ -196,7 +221,7 @@ def read_tensors(path: Path, mapped: bool = False) -> Any:
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # on made-up content torch stumbles in many ways
         reason = (str(error) or repr(error)).splitlines()[0]
         raise DamagedError(f"{path} cannot be read as tensors and plain types: {reason}") from error
 

@@ -6,6 +6,7 @@ All of it is tensors and plain types, so it loads without executing anything.
 from __future__ import annotations
 
 import warnings
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,6 +82,19 @@ def first_difference(saved: Any, now: Any, path: str) -> str:
                 return found
         return ""
     return "" if saved == now else f"{path} is {saved!r} there and {now!r} here"
+
+
+def settings_of(part: Any) -> Any:
+    """What an object without a description of its own is, in plain types: its class and public attributes."""
+    if isinstance(part, Enum):
+        return part.name
+    if part is None or isinstance(part, bool | int | float | str):
+        return part
+    if isinstance(part, list | tuple):
+        return [settings_of(value) for value in part]
+    attributes = {} if isinstance(part, Tensor) else getattr(part, "__dict__", {})
+    public = {name: settings_of(value) for name, value in attributes.items() if not name.startswith("_")}
+    return {"class": type(part).__name__, **public}
 
 
 def _describe_data(module: MetaTraining) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
-from l2l_scale.training.checkpoints.folder import DamagedError, discard, read_manifest
+from l2l_scale.training.checkpoints.folder import LINK_DRAFT, DamagedError, discard, orphans, read_manifest
 
 T = TypeVar("T")
 
@@ -23,13 +23,24 @@ def name_of(meta_step: int) -> str:
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """All that are there and have a manifest, as they were written, oldest first."""
+    return _in_order(folder.glob("step-*"))
+
+
+def _in_order(paths: Iterable[Path]) -> list[Path]:
+    """Those that have a manifest, as they were written."""
     serials = {}
-    for path in folder.glob("step-*"):
+    for path in paths:
         try:
             serials[path] = int(read_manifest(path)["serial"])
         except DamagedError:
             continue
     return sorted(serials, key=lambda path: (serials[path], path.name))
+
+
+def newer_than(path: Path) -> list[Path]:
+    """Those beside a checkpoint that were written after it."""
+    serial = read_manifest(path)["serial"]
+    return [one for one in checkpoints_in(path.parent) if read_manifest(one)["serial"] > serial]
 
 
 def next_serial(folder: Path) -> int:
@@ -40,28 +51,38 @@ def next_serial(folder: Path) -> int:
 
 def has_checkpoint(folder: Path) -> bool:
     """Whether anything is there that may be a checkpoint, be it a damaged one."""
-    return any(folder.glob("step-*")) or (folder / LAST).is_symlink()
+    return any(folder.glob("step-*")) or (folder / LAST).is_symlink() or bool(orphans(folder))
 
 
 def candidates(folder: Path) -> list[Path]:
     """Where to look for the last whole checkpoint, in this order.
 
     The link is not asked: after a crash it may lag behind by one. Folders without a manifest that can be read
-    come first, so that they are named before something older is taken.
+    come first, so that they are named before something older is taken. One that waits to be replaced counts
+    if death came before the other was in its place.
     """
-    whole = checkpoints_in(folder)[::-1]
-    broken = sorted((path for path in folder.glob("step-*") if path not in whole), reverse=True)
+    there = [*folder.glob("step-*"), *orphans(folder)]
+    whole = _in_order(there)[::-1]
+    broken = sorted((path for path in there if path not in whole), reverse=True)
     return [*broken, *whole]
 
 
-def last_whole(folder: Path, read: Callable[[Path], T], quiet: bool = False) -> tuple[Path, T]:
+def last_whole(
+    folder: Path, read: Callable[[Path], T], among: Iterable[Path] | None = None, quiet: bool = False
+) -> tuple[Path, T]:
     """The last checkpoint that can be read, and what was read; a warning names those that were passed over.
+
+    Args:
+        folder: of the checkpoints.
+        read: raises DamagedError for one that cannot be read.
+        among: the candidates in their order, if they were looked for already.
+        quiet: no warning.
 
     Raises:
         DamagedError: if there is none.
     """
     problems: list[str] = []
-    for path in candidates(folder):
+    for path in candidates(folder) if among is None else among:
         try:
             content = read(path)
         except DamagedError as error:
@@ -78,7 +99,7 @@ def last_whole(folder: Path, read: Callable[[Path], T], quiet: bool = False) -> 
 
 def point_to(path: Path) -> None:
     """Let the link ``last`` beside a checkpoint point to it; there is no moment without a link."""
-    link, beside = path.with_name(LAST), path.with_name(f".{LAST}.draft")
+    link, beside = path.with_name(LAST), path.with_name(LINK_DRAFT)
     if link.is_dir() and not link.is_symlink():  # a copied run folder whose links were followed
         shutil.rmtree(link)
     beside.unlink(missing_ok=True)

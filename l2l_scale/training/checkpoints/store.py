@@ -6,34 +6,45 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch.distributed as dist
-from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
 
 from l2l_scale.training.checkpoints import folder as files
 from l2l_scale.training.checkpoints import shelf
 from l2l_scale.training.checkpoints.folder import DamagedError, Entry
 from l2l_scale.training.checkpoints.inflight import KEY, SLOTS
+from l2l_scale.training.checkpoints.together import all_or_none, nothing, rank, together, world_size
 from l2l_scale.training.surroundings import versions
 from l2l_scale.tree import tree_map
 
-T = TypeVar("T")
 LOADED_FROM = "loaded_from"
 """Below KEY, in what was loaded: the path of the checkpoint that it came from."""
+HANDED_OVER = ".temp.ckpt"
+"""Lightning's name of the file by which processes that it forked or spawned hand φ over at the end."""
+_OF_LIGHTNING = {"pytorch-lightning_version", "state_dict", "loops", "global_step"}
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written."""
 
 
-class CheckpointFolders(TorchCheckpointIO):
-    """Reads checkpoints of this package for Lightning's trainer, and verifies every file.
+class CheckpointFolders(CheckpointIO):
+    """Checkpoints of this package for Lightning's trainer. Loading verifies every file."""
 
-    They are written by :func:`save_together`, because Lightning asks rank 0 only. What it writes for itself,
-    to hand φ on from a process that it forked, stays a file.
-    """
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Not to be used, because only rank 0 is asked by Lightning; but for φ from one process to another.
+
+        Raises:
+            RuntimeError: for anything else.
+        """
+        if Path(path).name == HANDED_OVER:
+            files.write_tensors(Path(path), _compact(checkpoint))
+            return
+        raise RuntimeError("use l2l_scale.training.Trainer: checkpoints are written by all ranks together")
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
@@ -44,19 +55,21 @@ class CheckpointFolders(TorchCheckpointIO):
             DamagedError: on all ranks, if it is damaged on any, or none in the folder is whole.
         """
         path = Path(path)
-        if path.is_file():
-            content: dict[str, Any] = files.read_tensors(path)
-            return content
+        if path.name == HANDED_OVER and path.is_file():
+            handed_over: dict[str, Any] = files.read_tensors(path)
+            return handed_over
         if path.name != shelf.LAST:
             return _load(path)
-        return shelf.last_whole(path.parent, _load, quiet=_rank() > 0)[1]
+        # All ranks must try the same ones in the same order, whatever their view of the file system.
+        among = together(lambda: shelf.candidates(path.parent) if rank() == 0 else [])[0]
+        return shelf.last_whole(path.parent, _load, among, quiet=rank() > 0)[1]
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Delete a checkpoint."""
         if Path(path).is_dir():
             files.discard(Path(path))
         else:
-            super().remove_checkpoint(path)
+            Path(path).unlink(missing_ok=True)
 
 
 def save_together(content: dict[str, Any], path: Path, texts: Mapping[str, str]) -> None:
@@ -70,7 +83,7 @@ def save_together(content: dict[str, Any], path: Path, texts: Mapping[str, str])
     Raises:
         CheckpointError: on all ranks, if one of them could not write; the draft is deleted.
     """
-    rank, draft = _rank(), files.draft_of(path)
+    draft = files.draft_of(path)
 
     def begin() -> None:
         shutil.rmtree(draft, ignore_errors=True)
@@ -82,21 +95,36 @@ def save_together(content: dict[str, Any], path: Path, texts: Mapping[str, str])
             slots = ours.pop(SLOTS)
         entries = {}
         if slots is not None:
-            name = files.slots_file(rank, _world_size())
+            name = files.slots_file(rank(), world_size())
             entries[name] = files.write_tensors(draft / name, _compact(slots))
-        if rank == 0:
+        if rank() == 0:
             entries[files.TRAINING] = files.write_tensors(draft / files.TRAINING, _compact(content))
             entries |= {name: files.write_text(draft / name, text) for name, text in texts.items()}
         return entries
 
     try:
-        _together(begin if rank == 0 else _nothing)
-        entries = {name: entry for part in _together(write) for name, entry in part.items()}
-        _together((lambda: _finish(content, path, entries)) if rank == 0 else _nothing)
-    except OSError as error:
-        if rank == 0:
+        together(begin if rank() == 0 else nothing)
+        entries = {name: entry for part in together(write) for name, entry in part.items()}
+        together((lambda: _finish(content, path, entries)) if rank() == 0 else nothing)
+    except Exception as error:  # mostly OSError
+        if rank() == 0:
             shutil.rmtree(draft, ignore_errors=True)
         raise CheckpointError(_why_not_written(path, error)) from error
+
+
+def on_rank_0(path: Path, function: Callable[[], None]) -> None:
+    """Collective. Let rank 0 do what comes after a checkpoint was written.
+
+    Raises:
+        CheckpointError: on all ranks, if it cannot.
+    """
+    try:
+        together(function if rank() == 0 else nothing)
+    except OSError as error:
+        raise CheckpointError(
+            f"the checkpoint {path} is written, but the link {shelf.LAST} cannot be set, or older ones "
+            f"cannot be deleted: {error.strerror or error}"
+        ) from error
 
 
 def _finish(content: Mapping[str, Any], path: Path, entries: Mapping[str, Entry]) -> None:
@@ -111,7 +139,7 @@ def _finish(content: Mapping[str, Any], path: Path, entries: Mapping[str, Entry]
         "serial": shelf.next_serial(path.parent),
         "meta_step": content["global_step"],
         "next_window": content.get(KEY, {}).get("next_window"),
-        "ranks": _world_size(),
+        "ranks": world_size(),
         "versions": versions(),
     }
     files.commit(path, entries, notes)
@@ -126,65 +154,46 @@ def _load(path: Path) -> dict[str, Any]:
 
     def check() -> dict[str, Any]:
         manifest = files.read_manifest(path)
-        for name in sorted(manifest["files"])[_rank() :: _world_size()]:
+        for name in sorted(manifest["files"])[rank() :: world_size()]:
             files.check_file(path, name, manifest)
         return manifest
 
     def read() -> dict[str, Any]:
         content: dict[str, Any] = files.read_tensors(path / files.TRAINING)
+        if not isinstance(content, dict) or not content.keys() >= _OF_LIGHTNING:
+            raise DamagedError(f"{path / files.TRAINING} is no checkpoint of a run")
         if KEY in content:
             parts = sorted(name for name in manifest["files"] if name.startswith("slots-"))
-            content[KEY][SLOTS] = [
-                piece for name in parts for piece in files.read_tensors(path / name, mapped=True)
-            ]
+            content[KEY][SLOTS] = [piece for name in parts for piece in _read_slots(path / name)]
             content[KEY][LOADED_FROM] = str(path)
         return content
 
-    manifest = _together(check)[_rank()]
+    manifest = together(check)[rank()]
     changed = {
         name: f"{then} then, {now} now"
         for name, now in versions().items()
         if (then := manifest["versions"].get(name, now)) != now
     }
-    if changed and _rank() == 0:
+    if changed and rank() == 0:
         text = "; ".join(f"{name} {difference}" for name, difference in changed.items())
         warnings.warn(f"{path} was written with other versions: {text}. Bits may differ", stacklevel=2)
-    return _all_or_none(read)
+    return all_or_none(read)
 
 
-def _all_or_none(function: Callable[[], T]) -> T:
-    """Collective. Call a function whose result is too large to be sent around."""
-    results: list[T] = []
-    _together(lambda: results.append(function()))
-    return results[0]
-
-
-def _together(function: Callable[[], T]) -> list[T]:
-    """Collective. Call a function on every rank; the results of all, in order.
+def _read_slots(path: Path) -> list[dict[str, Any]]:
+    """What one rank had in flight.
 
     Raises:
-        DamagedError: on all ranks, if it was raised on any.
-        OSError: likewise.
+        DamagedError: if there is anything else in the file.
     """
-    result: T | None = None
-    failure: DamagedError | OSError | None = None
-    try:
-        result = function()
-    except (DamagedError, OSError) as error:
-        failure = error
-    if _world_size() == 1:
-        everyone: list[tuple[Any, Any]] = [(result, failure)]
-    else:
-        everyone = [(None, None)] * _world_size()
-        dist.all_gather_object(everyone, (result, failure))
-    for rank, (_, problem) in enumerate(everyone):
-        if problem is not None:
-            raise problem if _world_size() == 1 else type(problem)(f"{problem} (on rank {rank})")
-    return [value for value, _ in everyone]
-
-
-def _nothing() -> None:
-    """What the other ranks do."""
+    pieces: list[dict[str, Any]] = files.read_tensors(path, mapped=True)
+    if not isinstance(pieces, list) or not all(
+        isinstance(piece, dict) and piece.keys() >= {"first", "leaves"}
+        for rank in pieces
+        for piece in (rank.values() if isinstance(rank, dict) else [rank])
+    ):
+        raise DamagedError(f"{path} holds no slots")
+    return pieces
 
 
 def _compact(tree: Any) -> Any:
@@ -199,15 +208,7 @@ def _compact(tree: Any) -> Any:
     return tree_map(compact, tree)
 
 
-def _why_not_written(path: Path, error: OSError) -> str:
+def _why_not_written(path: Path, error: Exception) -> str:
     whole = shelf.checkpoints_in(path.parent)
     last = f"the last whole checkpoint is {whole[-1]}" if whole else "there is no earlier checkpoint"
-    return f"cannot write the checkpoint {path}: {error.strerror or error}; {last}"
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return f"cannot write the checkpoint {path}: {getattr(error, 'strerror', None) or error}; {last}"

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,7 +68,15 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Modu
 @pytest.fixture(autouse=True)
 def _no_traces_of_ranks() -> Iterator[None]:
     """What a run of several ranks leaves in the environment must not reach the next test's processes."""
-    names = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "RANK", "WORLD_SIZE")
+    names = (
+        "L2L_SCALE_RUN_DIR",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "NODE_RANK",
+        "LOCAL_RANK",
+        "RANK",
+        "WORLD_SIZE",
+    )
     before = {name: os.environ.get(name) for name in names}
     yield
     for name, value in before.items():
@@ -74,6 +85,24 @@ def _no_traces_of_ranks() -> Iterator[None]:
             os.environ[name] = value
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Any]:
+    """A real Slurm of two virtual nodes, for all tests of this process."""
+    from cluster import Cluster, missing  # of tests/slurm
+
+    if reason := missing():
+        pytest.skip(reason)
+    folder = Path(tempfile.mkdtemp(prefix="l2l-slurm-"))  # pytest's own folders are too long for sockets
+    folder.chmod(0o755)
+    cluster = Cluster(folder)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture

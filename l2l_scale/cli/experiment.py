@@ -120,3 +120,24 @@ class Reader(Experiment):
                 "evaluation.shifts must be left out for a mixture: each of its families is evaluated by "
                 "itself. Evaluate the rule with a configuration of one family and its shifts"
             )
+
+
+def check_rhythm(max_steps: int, windows_per_epoch: int, windows_per_step: int) -> None:
+    """Validation comes at the ends of epochs, so a run must end with one.
+
+    Raises:
+        ValueError: if meta-steps would be left over.
+    """
+    if windows_per_epoch % windows_per_step:
+        raise ValueError(
+            f"data.windows_per_epoch ({windows_per_epoch}) must be a multiple of "
+            f"trainer.accumulate_grad_batches ({windows_per_step}), the windows of one meta-step"
+        )
+    steps = windows_per_epoch // windows_per_step
+    if max_steps > 0 and max_steps % steps:
+        of = "data.windows_per_epoch" + (" / accumulate_grad_batches" if windows_per_step > 1 else "")
+        raise ValueError(
+            f"trainer.max_steps ({max_steps}) must be a multiple of {of} "
+            f"({steps}), or the last meta-steps would not be validated; "
+            f"{max(max_steps // steps, 1) * steps} is one"
+        )

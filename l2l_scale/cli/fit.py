@@ -16,13 +16,14 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.utilities import rank_zero_only
 
-from l2l_scale.cli.experiment import Experiment
+from l2l_scale.cli.experiment import Experiment, check_rhythm
 from l2l_scale.cli.export import export_rule
 from l2l_scale.cli.headline import headline
 from l2l_scale.cli.loggers import all_loggers, ending, give_folder, log_rule, take_folder, wandb_runs
+from l2l_scale.cli.main import MISTAKES
 from l2l_scale.cli.run_folder import (
+    RUN_DIR_VARIABLE,
     choose_folder,
     empty,
     find_checkpoint,
@@ -40,6 +41,7 @@ from l2l_scale.training.checkpoints.shelf import LAST
 from l2l_scale.training.memory import Machine, check_memory
 from l2l_scale.training.precision import check_precision
 from l2l_scale.training.run_state import RunStateFile
+from l2l_scale.training.slurm_job import SlurmJob
 from l2l_scale.training.surroundings import git_state, versions
 
 
@@ -49,6 +51,9 @@ class Fit(Experiment):
     description = (
         "Meta-train a rule. The run folder gets config.yaml, metrics.csv, checkpoints/ and the best rule."
     )
+
+    began = False
+    """Whether training has begun, after all checks."""
 
     def add_options(self, parser: LightningArgumentParser) -> None:
         """Add what a run starts from."""
@@ -72,7 +77,7 @@ class Fit(Experiment):
         torch.set_float32_matmul_precision(config.float32_matmul)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        self.folder = choose_folder(config.run_dir, self.name, config.ckpt_path is not None, config.overwrite)
+        self.folder = choose_folder(config.run_dir, self.name, config.ckpt_path, config.overwrite)
         self.ckpt_path = find_checkpoint(config.ckpt_path, self.folder)
         config.run_dir = str(self.folder)
         give_folder(config.trainer, self.folder)
@@ -108,6 +113,8 @@ class Fit(Experiment):
         if self.config.check_memory and trainer.local_rank == 0:  # once per host: it counts all its ranks
             check_memory(self.model, self.datamodule, machine_of(trainer))
         with ExitStack() as stack:
+            stack.callback(signal.signal, signal.SIGUSR1, signal.getsignal(signal.SIGUSR1))
+            stack.callback(os.environ.pop, RUN_DIR_VARIABLE, None)
             if trainer.is_global_zero:
                 stack.enter_context(occupied(self.folder))
                 began = lambda: self.run_state.record is not None  # noqa: E731
@@ -136,6 +143,10 @@ class Fit(Experiment):
             raise
         except Stopped as stop:
             stop_here(stop, self.run_state, self.folder)
+        except MISTAKES as error:
+            if self.began:  # so it was no mistake of the user's
+                raise RuntimeError(str(error) or repr(error)) from error
+            raise
 
     def begin(self) -> None:
         """Make room where that was asked for, write the configuration, and say what is about to run."""
@@ -159,6 +170,8 @@ class Fit(Experiment):
         take_folder(config.trainer, self.folder)
         if config.checkpoint.dirpath == str(self.folder / "checkpoints"):
             config.checkpoint.dirpath = None  # else a run from this file would write into this folder
+        if SlurmJob.current() is not None:  # the job script gives these; without it a process would wait
+            config.trainer.devices = config.trainer.num_nodes = 1
         for option in ("config", "overwrite", "ckpt_path", "check_memory"):
             config.pop(option, None)
         return config
@@ -173,14 +186,15 @@ class Fit(Experiment):
     def finish(self, seconds: float) -> None:
         """Export the best rule and say where everything is."""
         say(f"meta-training took {seconds:.0f} s ({self.trainer.global_step:,} meta-steps)")
-        checkpoints = self.trainer.checkpoint_callback
-        if not isinstance(checkpoints, Checkpoints) or checkpoints.dirpath is None:
+        ours = [one for one in self.trainer.checkpoint_callbacks if isinstance(one, Checkpoints)]
+        if not ours:
             say("no checkpoint was written (trainer.enable_checkpointing is false)")
             return
         out, classes = self.folder / "rule.safetensors", classes_of(self.model.rule)
-        rule = export_rule(checkpoints.dirpath / LAST, out, classes, best=True)
+        rule = export_rule(ours[0].folder(self.trainer) / LAST, out, classes, best=True)
         log_rule(self.trainer.loggers, rule)
-        say(f"best rule by {self.config.checkpoint.monitor}: {rule}")
+        chosen = f"best rule by {self.config.checkpoint.monitor}" if ours[0].best else "rule (not validated)"
+        say(f"{chosen}: {rule}")
         say(f"next: l2l-scale evaluate -c {self.folder / 'config.yaml'}")
 
 
@@ -190,10 +204,11 @@ class RunFolder(Callback):
     def __init__(self, fit: Fit) -> None:
         self.fit = fit
 
-    @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin the run."""
-        self.fit.begin()
+        if trainer.is_global_zero:
+            self.fit.begin()
+        self.fit.began = True
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
@@ -204,27 +219,6 @@ class RunFolder(Callback):
                 run.mark_preempted()
         else:
             note_failure(exception)
-
-
-def check_rhythm(max_steps: int, windows_per_epoch: int, windows_per_step: int) -> None:
-    """Validation comes at the ends of epochs, so a run must end with one.
-
-    Raises:
-        ValueError: if meta-steps would be left over.
-    """
-    if windows_per_epoch % windows_per_step:
-        raise ValueError(
-            f"data.windows_per_epoch ({windows_per_epoch}) must be a multiple of "
-            f"trainer.accumulate_grad_batches ({windows_per_step}), the windows of one meta-step"
-        )
-    steps = windows_per_epoch // windows_per_step
-    if max_steps > 0 and max_steps % steps:
-        of = "data.windows_per_epoch" + (" / accumulate_grad_batches" if windows_per_step > 1 else "")
-        raise ValueError(
-            f"trainer.max_steps ({max_steps}) must be a multiple of {of} "
-            f"({steps}), or the last meta-steps would not be validated; "
-            f"{max(max_steps // steps, 1) * steps} is one"
-        )
 
 
 def machine_of(trainer: L.Trainer) -> Machine:

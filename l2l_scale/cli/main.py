@@ -19,6 +19,17 @@ COMMANDS = {
     "slurm": "submit a meta-training to Slurm",
 }
 
+MISTAKES = (
+    ArgumentError,
+    ValueError,
+    FileNotFoundError,
+    FileExistsError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+)
+"""What a user can mend; a full disk or a network that fails may be another time."""
+
 USAGE = f"""usage: l2l-scale COMMAND [options]
 
 {chr(10).join(f"  {name:10}{text}" for name, text in COMMANDS.items())}
@@ -29,7 +40,10 @@ Options are given as --key.subkey value, or in YAML files: -c base.yaml -c overl
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run one command; exits with 0, 1 (the run failed), 2 (a user's mistake) or 130 (Ctrl-C)."""
+    """Run one command; exits with 0, 1 (the run failed), 2 (a user's mistake) or 130 (Ctrl-C).
+
+    :mod:`l2l_scale.cli.stopping` has the codes of a run that was stopped.
+    """
     arguments = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -50,7 +64,7 @@ def main(args: Sequence[str] | None = None) -> None:
         if debug:
             raise
         print(f"l2l-scale {arguments[0]}: {str(error) or repr(error)}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, (ArgumentError, ValueError, OSError)) else 1)
+        sys.exit(2 if isinstance(error, MISTAKES) else 1)
 
 
 def run(command: str, arguments: list[str]) -> None:

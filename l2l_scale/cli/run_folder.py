@@ -19,14 +19,20 @@ PATIENCE = 10.0
 RUN_DIR_VARIABLE = "L2L_SCALE_RUN_DIR"  # how the processes that Lightning starts learn the folder
 
 
-def choose_folder(wish: str | None, name: str, resumes: bool, overwrite: bool) -> Path:
+def choose_folder(wish: str | None, name: str, checkpoint: str | None, overwrite: bool) -> Path:
     """The run folder; a fresh numbered one where none is wished for.
+
+    Args:
+        wish: the folder.
+        name: of a fresh one in ``runs/``.
+        checkpoint: that the run goes on from, or "last", which is that of ``runs/NAME`` without a wish.
+        overwrite: delete what is there.
 
     Raises:
         ValueError: if the folder has a run in it that is neither resumed nor to be overwritten, or that is to
             be both; or if processes that were started one by one do not know which folder is meant.
     """
-    if resumes and overwrite:
+    if checkpoint and overwrite:
         raise ValueError("overwrite (true) would delete the run that ckpt_path resumes; give one of them")
     if launched_by_lightning(os.environ):
         return Path(os.environ[RUN_DIR_VARIABLE])
@@ -38,8 +44,10 @@ def choose_folder(wish: str | None, name: str, resumes: bool, overwrite: bool) -
         )
     if rank > 0 and wish is not None:
         return Path(wish)  # rank 0 looks into it
-    usual = Path("runs") / name if resumes else _fresh(Path("runs"), name)
+    usual = Path("runs") / name if checkpoint == "last" else _fresh(Path("runs"), name)
     folder = usual if wish is None else Path(wish)
+    own = (folder / "checkpoints").resolve()
+    resumes = checkpoint == "last" or (checkpoint is not None and Path(checkpoint).resolve().parent == own)
     if folder.exists() and any(folder.iterdir()) and not resumes and not overwrite:
         raise ValueError(
             f"run_dir ({folder}) is not empty; resume it with --ckpt_path last, replace it with "
@@ -67,7 +75,7 @@ def occupied(folder: Path) -> Iterator[None]:
     """Make sure that no other process trains in this folder meanwhile. The lock ends with the process.
 
     Raises:
-        ValueError: if another one does, and does not end within seconds.
+        RuntimeError: if another one does, and does not end within seconds.
     """
     lock, missing = FileLock(folder / LOCK, timeout=PATIENCE), [folder, *folder.parents]
     missing = [path for path in missing if not path.exists()]
@@ -75,7 +83,7 @@ def occupied(folder: Path) -> Iterator[None]:
     try:
         holder = lock.acquire()
     except Timeout as error:
-        raise ValueError(
+        raise RuntimeError(
             f"run_dir ({folder}) is in use: another process trains there (`l2l-scale runs` shows where). "
             "Wait for it, stop it, or choose another folder"
         ) from error

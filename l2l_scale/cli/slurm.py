@@ -10,7 +10,8 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import NoReturn
 
-from l2l_scale.cli.fit import Fit, check_rhythm
+from l2l_scale.cli.experiment import check_rhythm
+from l2l_scale.cli.fit import Fit
 from l2l_scale.cli.run_folder import RUN_DIR_VARIABLE
 from l2l_scale.cli.slurm_script import Request, find_templates, render, sweep_lines
 from l2l_scale.cli.snapshot import take_snapshot

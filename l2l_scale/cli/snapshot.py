@@ -6,6 +6,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from l2l_scale.cli.run_list import is_run
+
 LARGEST = 2**20
 """Bytes of the largest file of a checkout that is copied."""
 GIT_SECONDS = 60.0
@@ -19,7 +21,7 @@ def take_snapshot(folder: Path, templates: Path) -> None:
 
     Args:
         folder: gets the files of the working folder, if that is in a git checkout and git does not ignore
-            them, up to a megabyte each; this package; and the job scripts in slurm/.
+            them, up to a megabyte each, without run folders; this package; and the job scripts in slurm/.
         templates: the folder of the job scripts.
     """
     shutil.rmtree(folder, ignore_errors=True)
@@ -27,12 +29,18 @@ def take_snapshot(folder: Path, templates: Path) -> None:
     run = folder.parent.resolve()
     for name in _listed(Path.cwd()):
         path = Path.cwd() / name
-        if path.is_file() and path.stat().st_size <= LARGEST and run not in path.resolve().parents:
+        ours = run in path.resolve().parents or any(is_run(parent) for parent in _inner(path))
+        if path.is_file() and path.stat().st_size <= LARGEST and not ours:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, folder / name)
     for source, name in ((_PACKAGE, _PACKAGE.name), (templates, "slurm")):
         shutil.rmtree(folder / name, ignore_errors=True)
         shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def _inner(path: Path) -> list[Path]:
+    """The folders between the working folder and a file in it."""
+    return [parent for parent in path.parents if Path.cwd() in parent.parents]
 
 
 def _listed(folder: Path) -> list[str]:

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from l2l_scale.cli.run_folder import launched_by_lightning
 from l2l_scale.cli.run_log import say
 from l2l_scale.training import Reason, Stopped
 from l2l_scale.training.run_state import RunStateFile
@@ -43,17 +42,17 @@ def exit_code(reason: Reason, in_slurm: bool) -> int:
 def stop_here(stop: Stopped, record: RunStateFile, folder: Path) -> NoReturn:
     """Say what happened; let SLURM run the job again; exit.
 
-    A process that Lightning's launcher started exits with 0: the first one would take another code for an
-    accident, and be killed in the middle of this.
+    All ranks but the first exit with 0: whoever started them would take another code for an accident, and
+    kill the first one in the middle of this.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # everything is saved: there is nothing more to be told
     job = SlurmJob.current()
     code = exit_code(stop.reason, job is not None)
     if record.record is not None:  # rank 0
         say(str(stop))
         if job is None or code != REQUEUED or not _requeue(job, stop, record):
             say(f"to go on: l2l-scale fit -c {folder / 'config.yaml'} --ckpt_path last")
-    sys.exit(0 if launched_by_lightning(os.environ) else code)
+        sys.exit(code)
+    sys.exit(0)
 
 
 def _requeue(job: SlurmJob, stop: Stopped, record: RunStateFile) -> bool:

@@ -145,5 +145,6 @@ class WindowData(L.LightningDataModule):
             "slots": self.slots,
             "seed": self.seed,
             "windows_per_epoch": self.windows_per_epoch,
+            "valid_tasks": self.valid_tasks,
             "stream_format": STREAM_FORMAT,
         }

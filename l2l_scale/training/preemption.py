@@ -57,27 +57,32 @@ class Interruption:
     def __init__(self, job: SlurmJob | None = None) -> None:
         self.job = job
         self.noted = Reason.NONE
+        self._interrupted = False
         self._before: dict[signal.Signals, Any] = {}
         self._ends_at: float | None = None
         self._asked_at: float | None = None
         self._boundary_at: float | None = None
         self._longest = 0.0
 
-    def remember(self) -> None:
-        """Take note of the handlers that :meth:`restore` gives back, before Lightning changes them."""
-        self._before = {number: signal.getsignal(number) or signal.SIG_DFL for number in SIGNALS}
-
     def install(self) -> None:
         """Put the handlers in their places. They only set a flag: anything else could meet a collective."""
         if threading.current_thread() is threading.main_thread():  # Python allows no other
+            self._before = {number: signal.getsignal(number) or signal.SIG_DFL for number in SIGNALS}
             for number in SIGNALS:
                 signal.signal(number, self._note)
 
-    def restore(self) -> None:
-        """Give back the handlers that were there before."""
+    def restore(self, stopped: bool = False) -> None:
+        """Give back the handlers that were there before.
+
+        Args:
+            stopped: the run has been saved and ends: SIGTERM and SIGUSR1 have nothing more to say to it, but
+                would kill it before it has queued its job again.
+        """
         if threading.current_thread() is threading.main_thread():
             for number, handler in self._before.items():
-                signal.signal(number, handler)
+                ignored = stopped and number != signal.SIGINT
+                signal.signal(number, signal.SIG_IGN if ignored else handler)
+        self._before = {}
 
     def reason(self, seconds_to_save: float) -> Reason:
         """Whether this process has a reason to stop; to be asked at every boundary.
@@ -104,8 +109,9 @@ class Interruption:
         return self._ends_at is not None and now + needed > self._ends_at
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT and self.noted is Reason.INTERRUPT:
-            raise KeyboardInterrupt
         if number == signal.SIGINT:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            self._interrupted = True
             print("\nstopping after this window, with a checkpoint; Ctrl-C again ends at once", flush=True)
         self.noted = max(self.noted, SIGNALS[signal.Signals(number)])

@@ -7,8 +7,12 @@ from typing import Any
 
 import lightning as L
 from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
+from l2l_scale.training.checkpoints.callback import Checkpoints
+from l2l_scale.training.checkpoints.shelf import LAST, has_checkpoint
 from l2l_scale.training.checkpoints.store import CheckpointFolders, save_together
 
 
@@ -25,11 +29,29 @@ class Trainer(L.Trainer):
         plugins = list(given) if isinstance(given, list) else [given]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(CheckpointFolders())
-        if SLURMEnvironment.detect() and not any(isinstance(one, SLURMEnvironment) for one in plugins):
+        free = not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins)
+        if free and SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
             plugins.append(SLURMEnvironment(auto_requeue=False))
         super().__init__(*args, plugins=plugins, **kwargs)
         self.texts: dict[str, str] = {}
         """Files that go into every checkpoint, by name: the configuration."""
+
+    def fit(
+        self,
+        model: L.LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: L.LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Train; ``ckpt_path`` may be "last": the last whole one of our callback, or a fresh start."""
+        if ckpt_path == LAST:
+            ours = [one for one in self.checkpoint_callbacks if isinstance(one, Checkpoints)]
+            folder = ours[0].folder(self) if ours else None
+            if folder is not None:
+                ckpt_path = folder / LAST if has_checkpoint(folder) else None
+        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
 
     def save_checkpoint(
         self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any | None = None

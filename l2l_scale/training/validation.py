@@ -52,3 +52,15 @@ def weighted_mean(values: Mapping[str, Tensor], weights: Mapping[str, float]) ->
     if bool((stacked > 0).all()):
         return (shares * stacked.log()).sum().exp()
     return (shares * stacked).sum()
+
+
+def monitored(metrics: Mapping[str, Tensor], name: str) -> float:
+    """The metric that chooses the best φ.
+
+    Raises:
+        ValueError: if it is not logged.
+    """
+    if name not in metrics:
+        known = ", ".join(sorted(name for name in metrics if name.startswith("valid/")))
+        raise ValueError(f"checkpoint.monitor ({name}) is not logged; choose one of {known}")
+    return float(metrics[name])

@@ -327,20 +327,20 @@ def test_processes_that_others_started_must_be_told_the_folder(names, tmp_path, 
     for name, value in zip(names, ("1", "2"), strict=True):
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=r"run_dir must be given .* starts the 2 processes"):
-        choose_folder(None, "run", resumes=False, overwrite=False)
+        choose_folder(None, "run", checkpoint=None, overwrite=False)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "file").touch()  # rank 0's, which may be quicker
-    assert choose_folder("run", "run", resumes=False, overwrite=False) == Path("run")
+    assert choose_folder("run", "run", checkpoint=None, overwrite=False) == Path("run")
     monkeypatch.setenv(names[0], "0")
     with pytest.raises(ValueError, match="not empty"):
-        choose_folder("run", "run", resumes=False, overwrite=False)
+        choose_folder("run", "run", checkpoint=None, overwrite=False)
 
 
 def test_two_processes_do_not_train_in_one_folder(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("l2l_scale.cli.run_folder.PATIENCE", 0.1)
     with occupied(tmp_path / "run"):
         assert "run_dir" in fails(
-            ["fit", "-c", SMOKE, "--run_dir", str(tmp_path / "run"), "--ckpt_path=last"], capsys
+            ["fit", "-c", SMOKE, "--run_dir", str(tmp_path / "run"), "--ckpt_path=last"], capsys, 1
         )
         assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
     assert not (tmp_path / "run").exists()
@@ -364,3 +364,21 @@ def test_without_checkpoints_a_run_trains_and_says_so(tmp_path, capsys):
     assert "no checkpoint was written" in capsys.readouterr().out
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "finished"
+
+
+def test_a_checkpoint_of_one_run_does_not_go_into_the_folder_of_another(trained, copied, tmp_path, capsys):
+    before = files_of(copied)
+    options = ["--ckpt_path", str(trained / "checkpoints" / "last"), "--trainer.max_steps", "75"]
+    error = fails(["fit", "-c", SMOKE, "--run_dir", str(copied), *options], capsys)
+    assert "is not empty" in error
+    assert files_of(copied) == before
+    main(["fit", "-c", SMOKE, "--run_dir", str(tmp_path / "new"), *options])
+    assert (tmp_path / "new" / "rule.safetensors").is_file()
+
+
+def test_a_fault_after_training_began_is_no_mistake_of_the_user(tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lightning.pytorch.loggers.CSVLogger.log_metrics", full)
+    assert "No space left" in fails(["fit", "-c", SMOKE, "--run_dir", str(tmp_path / "run")], capsys, code=1)

@@ -232,7 +232,7 @@ def test_mode_disabled_logs_nothing_and_says_nothing(tmp_path, capsys):
 
 def test_no_logger_at_all_on_request(tmp_path):
     main(["fit", *SMOKE, *QUIET, "--trainer.logger=false", "--run_dir", str(tmp_path)])
-    written = {"config.yaml", "checkpoints", "rule.safetensors", "run.json"}
+    written = {"config.yaml", "checkpoints", "rule.safetensors", "run.json", "log.txt", ".lock"}
     assert {path.name for path in tmp_path.iterdir()} == written
 
 

@@ -97,7 +97,7 @@ def test_gpus_without_cores_for_their_processes_are_refused(cluster, submit):
     assert "give sbatch --ntasks-per-node 2" in cluster.log(job)
 
 
-@pytest.mark.parametrize("code", [2, 75, 130])
+@pytest.mark.parametrize("code", [2, 130])
 def test_what_must_not_be_tried_again_is_not(cluster, submit, code):
     job = submit("train.sbatch", "-c", "a", CODES=str(code))
     assert ended(cluster, job) == ("FAILED", code, 0)
@@ -124,9 +124,16 @@ def test_a_job_that_fails_again_and_again_is_given_up(cluster, submit, tmp_path)
 
 def test_only_failures_in_a_row_count(cluster, submit, tmp_path):
     run = ("train.sbatch", "-c", "a", "--run_dir", str(tmp_path))
-    job = submit(*run, CODES="1 75")
-    assert ended(cluster, job) == ("FAILED", 75, 1)
+    job = submit(*run, CODES="1 75 1 0", L2L_SCALE_MAX_RESTARTS="1")
+    assert ended(cluster, job) == ("COMPLETED", 0, 3)  # 75 is queued again though the stand-in did not
     assert not (tmp_path / ".failures").exists()
+
+
+@pytest.mark.parametrize("argument", ["--ckpt_path=x", "--trainer.devices", "--overwrite"])
+def test_what_the_script_decides_cannot_be_given(cluster, submit, argument):
+    job = submit("train.sbatch", "-c", "a", argument, "1")
+    assert ended(cluster, job) == ("FAILED", 2, 0)
+    assert f"error: {argument} must be left out" in cluster.log(job)
 
 
 def test_a_mistake_that_one_rank_finds_is_not_hidden_by_those_that_srun_ends(cluster, submit):

@@ -17,14 +17,13 @@ from l2l_scale.training.checkpoints.folder import tidy
 from l2l_scale.training.checkpoints.inflight import KEY
 from l2l_scale.training.checkpoints.store import LOADED_FROM, on_rank_0
 from l2l_scale.training.preemption import Interruption, Reason, Stopped
-from l2l_scale.training.ranks import most_of_all_ranks, world_size
+from l2l_scale.training.ranks import most_of_all_ranks
 from l2l_scale.training.slurm_job import SlurmJob
+from l2l_scale.training.validation import monitored
 from l2l_scale.tree import tree_map
 
 STATE_KEY = "Checkpoints"
 """Where Lightning keeps this callback's state in a checkpoint."""
-_RHYTHM = 10
-"""Between validations several ranks agree every so many meta-steps whether it is time."""
 
 
 class Checkpoints(Checkpoint):
@@ -76,35 +75,40 @@ class Checkpoints(Checkpoint):
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.interruption = Interruption(SlurmJob.current()) if heed_signals else None
         self.best: dict[str, Any] | None = None
-        """{"value", "meta_step", "phi": the module's state_dict} of the best validation so far."""
+        """{"value", "meta_step", "phi": state_dict of the module} of the best validation so far."""
         self.values: dict[str, float] = {}
         """What the checkpoints that were written at a validation came to, by name."""
         self.spare: set[str] = set()
-        """Newer checkpoints than the one that the run was resumed from: damaged, or of another future."""
-        self.seconds = 0.0
-        """That the last one took."""
+        """Checkpoints that are not ours: newer ones, damaged or of another future, and those of another run."""
+        self.seconds = 0.0  # that the last one took
         self._began_at = 0.0
-        self._saved_at: int | None = None
+        self._saved_at = 0
+        self._loaded = False
         self._validated: tuple[int, float] | None = None
 
     @property
     def state_key(self) -> str:
-        """A name that does not depend on the arguments."""
+        """The same whatever the arguments."""
         return STATE_KEY
 
+    def folder(self, trainer: L.Trainer) -> Path:
+        """Of the checkpoints."""
+        return Path(trainer.default_root_dir) / "checkpoints" if self.dirpath is None else self.dirpath
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Find the folder; finish what an interrupted run left."""
-        if self.dirpath is None:
-            self.dirpath = Path(trainer.default_root_dir) / "checkpoints"
+        """Find the folder; finish what an interrupted run left; take note of signals from now on."""
+        self.dirpath = self.folder(trainer)
         if trainer.is_global_zero and self.dirpath.is_dir():
             tidy(self.dirpath)
         if self.interruption is not None:
-            self.interruption.remember()
+            # Lightning's own handler calls a collective, and stops without a checkpoint.
+            trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+            self.interruption.install()
             if not trainer.is_global_zero:
                 self.interruption.job = None  # one rank is enough to ask SLURM when the job ends
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock, and take over the signals: Lightning has put its own handlers there by now.
+        """Start the clock.
 
         Raises:
             ValueError: if there would never be a moment to write one.
@@ -115,9 +119,10 @@ class Checkpoints(Checkpoint):
                 "where there is no validation (trainer.limit_val_batches): checkpoints are written between "
                 "the meta-steps of an epoch, or after a validation"
             )
+        if not self._loaded and self.dirpath is not None:
+            self.spare |= {path.name for path in shelf.checkpoints_in(self.dirpath)}
         self._began_at = time.monotonic()
-        if self.interruption is not None:
-            self.interruption.install()
+        self._saved_at = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Collective. Write one if it is time, or if the run is to stop."""
@@ -135,11 +140,17 @@ class Checkpoints(Checkpoint):
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         self._validated = (trainer.global_step, self._value(trainer, pl_module))
-        self._at_boundary(trainer, pl_module, intervals=1)
+        if not trainer.fit_loop.epoch_loop._should_accumulate():  # else gradients are in flight
+            self._at_boundary(trainer, pl_module, intervals=1)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Collective. Write the last state of the run."""
-        if self._saved_at != trainer.global_step:
+        name = shelf.name_of(trainer.global_step)
+        if (
+            self._saved_at != trainer.global_step
+            or self.dirpath is None
+            or not (self.dirpath / name).exists()
+        ):
             self.save(trainer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -150,8 +161,9 @@ class Checkpoints(Checkpoint):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Give the signals back."""
-        self.teardown(trainer, pl_module, "fit")
+        """Give the signals back; a run that was stopped hears them no more."""
+        if self.interruption is not None:
+            self.interruption.restore(stopped=isinstance(exception, Stopped))
 
     def _at_boundary(self, trainer: L.Trainer, module: L.LightningModule, intervals: int) -> None:
         """Collective. Write a checkpoint if it is time or the run is to stop.
@@ -159,23 +171,21 @@ class Checkpoints(Checkpoint):
         Raises:
             Stopped: on all ranks, if any of them has a reason.
         """
-        reason = Reason.NONE
-        if self.interruption is not None:
-            reason = Reason(most_of_all_ranks(module, self.interruption.reason(self.seconds)))
-        if reason or self._is_due(trainer.global_step, module, intervals):
+        reason = Reason.NONE if self.interruption is None else self.interruption.reason(self.seconds)
+        due = self._is_due(trainer.global_step, intervals)
+        agreed = most_of_all_ranks(module, 2 * reason + due)
+        reason, due = Reason(agreed // 2), bool(agreed)
+        if due:
             path = self.save(trainer)
             if reason:
                 raise Stopped(reason, str(path))
 
-    def _is_due(self, step: int, module: L.LightningModule, intervals: int) -> bool:
-        """Collective. Whether so many intervals have passed, on the clock of any rank."""
-        if self.every_n_meta_steps is not None:
-            return step % self.every_n_meta_steps == 0
-        if intervals > 1 and world_size(module) > 1 and step % _RHYTHM:
-            return False  # each look is a collective
+    def _is_due(self, step: int, intervals: int) -> bool:
+        """Whether so many intervals have passed, on this rank's clock."""
+        if self.every_n_meta_steps is not None:  # a moment that was no boundary is made up for
+            return step // self.every_n_meta_steps > self._saved_at // self.every_n_meta_steps
         interval = max(self.every_seconds, self.seconds / self.max_share)
-        passed = time.monotonic() - self._began_at >= intervals * interval
-        return bool(most_of_all_ranks(module, int(passed)))
+        return time.monotonic() - self._began_at >= intervals * interval
 
     def save(self, trainer: L.Trainer) -> Path:
         """Collective. Write a checkpoint now, at a window boundary; delete those that need not be kept."""
@@ -199,11 +209,14 @@ class Checkpoints(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know."""
-        return {"best": self.best, "values": self.values, "spare": sorted(self.spare)}
+        chosen_by = [self.monitor, self.sign]
+        spare = sorted(self.spare)
+        return {"best": self.best, "values": self.values, "spare": spare, "chosen_by": chosen_by}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take it up again."""
-        self.best, self.values = state_dict["best"], state_dict["values"]
+        if state_dict["chosen_by"] == [self.monitor, self.sign]:  # else its best is none of ours
+            self.best, self.values = state_dict["best"], state_dict["values"]
         self.spare |= set(state_dict.get("spare", ()))
 
     def on_load_checkpoint(
@@ -212,19 +225,12 @@ class Checkpoints(Checkpoint):
         """Leave newer checkpoints than this one alone: they were damaged, or are of another future."""
         path = checkpoint.get(KEY, {}).get(LOADED_FROM)
         if path and self.dirpath is not None and Path(path).parent.resolve() == self.dirpath.resolve():
+            self._loaded = True
             self.spare = {one.name for one in shelf.newer_than(Path(path))}
 
     def _value(self, trainer: L.Trainer, module: L.LightningModule) -> float:
-        """The monitored value; φ is remembered if it is the best.
-
-        Raises:
-            ValueError: if it is not logged.
-        """
-        metrics = trainer.callback_metrics
-        if self.monitor not in metrics:
-            known = ", ".join(sorted(name for name in metrics if name.startswith("valid/")))
-            raise ValueError(f"checkpoint.monitor ({self.monitor}) is not logged; choose one of {known}")
-        value = float(metrics[self.monitor])
+        """The monitored value; φ is remembered if it is the best."""
+        value = monitored(trainer.callback_metrics, self.monitor)
         score = math.inf if math.isnan(value) else self.sign * value
         if self.best is None or score < self.sign * self.best["value"]:
             phi = tree_map(_copy, dict(module.state_dict()))

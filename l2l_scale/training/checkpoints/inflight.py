@@ -110,6 +110,8 @@ def _describe_trainer(module: MetaTraining) -> dict[str, Any]:
         "precision": str(trainer.precision),
         "gradient_clip_val": trainer.gradient_clip_val,
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        # The learning rate falls until then.
+        "max_steps": trainer.max_steps if module.final_fraction < 1 else None,
     }
 
 

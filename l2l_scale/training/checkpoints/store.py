@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
 
@@ -23,6 +25,7 @@ LOADED_FROM = "loaded_from"
 """Below KEY, in what was loaded: the path of the checkpoint that it came from."""
 HANDED_OVER = ".temp.ckpt"
 """Lightning's name of the file by which processes that it forked or spawned hand φ over at the end."""
+_PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _OF_LIGHTNING = {"pytorch-lightning_version", "state_dict", "loops", "global_step"}
 
 
@@ -197,10 +200,19 @@ def _read_slots(path: Path) -> list[dict[str, Any]]:
 
 
 def _compact(tree: Any) -> Any:
-    """Tensors on the CPU, without what else is in their storages: torch.save writes those as a whole."""
+    """Tensors on the CPU, without what else is in their storages: torch.save writes those as a whole.
+
+    Raises:
+        ValueError: if there is anything that could not be read again without executing it.
+    """
 
     def compact(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
+            if isinstance(leaf, np.generic) or not isinstance(leaf, _PLAIN):
+                raise ValueError(
+                    f"there is a {type(leaf).__module__}.{type(leaf).__qualname__} in it (of a callback's "
+                    "state_dict?); only tensors and plain types can be read again safely"
+                )
             return leaf
         leaf = leaf.detach().cpu()
         return leaf if leaf.untyped_storage().nbytes() == leaf.nbytes else leaf.clone()

@@ -139,7 +139,7 @@ def test_malicious_file_executes_nothing(stopped, tmp_path, command, capsys):
     target, file = tmp_path / "executed", tmp_path / "x.ckpt"
     torch.save({"state_dict": {}, "pytorch-lightning_version": "2.0.0", "l2l_scale": Command(target)}, file)
     arguments = {
-        "fit": resume(stopped, str(file)),
+        "fit": [*resume(stopped, str(file)), "--run_dir", str(tmp_path / "new")],
         "export": ["export", str(file)],
         "evaluate": ["evaluate", "-c", SMOKE, "--rule", str(file)],
     }[command]

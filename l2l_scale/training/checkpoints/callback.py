@@ -79,7 +79,7 @@ class Checkpoints(Checkpoint):
         self.values: dict[str, float] = {}
         """What the checkpoints that were written at a validation came to, by name."""
         self.spare: set[str] = set()
-        """Checkpoints that are not ours: newer ones, damaged or of another future, and those of another run."""
+        """Checkpoints that are none of ours: newer, of another future, damaged, or those of another run."""
         self.seconds = 0.0  # that the last one took
         self._began_at = 0.0
         self._saved_at = 0

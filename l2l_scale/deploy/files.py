@@ -94,6 +94,10 @@ def read_header(path: str | Path) -> dict[str, Any]:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return a file's header and tensors, checked."""
+    if path.is_dir():
+        raise ValueError(
+            f"{path} is a folder, not a rule file; `l2l-scale export` makes one of a run or a checkpoint"
+        )
     if not path.is_file():
         raise FileNotFoundError(f"there is no rule file {path}; `l2l-scale export` writes one")
     try:

@@ -37,7 +37,7 @@ class WindowData(L.LightningDataModule):
             configuration trains the same rule on any number of ranks that divides it.
         staggered: whether slots stand at different points of their trajectories, which learns faster.
         seed: of the streams of training and validation tasks (their splits keep them apart).
-        windows_per_epoch: windows between two validations (and checkpoints).
+        windows_per_epoch: windows between two validations.
         valid_tasks: held-out tasks of each family that choose the checkpoint.
         curriculum: horizons in training that change by the window counter, or at random; validation and
             evaluation keep ``horizon``.

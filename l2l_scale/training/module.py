@@ -16,7 +16,7 @@ from l2l_scale.evaluation.curves import stay_astray
 from l2l_scale.optimizers import UpdateRule
 from l2l_scale.optimizers.backend import Accelerated, Backend, accelerate, check_backend
 from l2l_scale.rng import Split
-from l2l_scale.sampling import Batch
+from l2l_scale.sampling import Batch, WindowLoader
 from l2l_scale.tasks import CompiledFamily, MixedPrecision, Mixture, TaskFamily
 from l2l_scale.training.checkpoints import inflight
 from l2l_scale.training.data import WindowData
@@ -132,6 +132,12 @@ class MetaTraining(L.LightningModule):
             rule = self.rule.for_spec(family.spec)
             self.accelerated[name] = accelerate(rule, self.backend, self.device, dtype)
             self.estimator.check_rule(self.accelerated[name].rule)
+
+    def on_train_start(self) -> None:
+        """Go on with the window that comes next; Lightning forgets the loader's place after a last epoch."""
+        loader = self.trainer.train_dataloader
+        if isinstance(loader, WindowLoader):
+            loader.next_index = self.next_window
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Unroll one window of every family; Lightning does the backward pass and the meta-step."""

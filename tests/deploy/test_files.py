@@ -232,6 +232,11 @@ def test_newer_version(saved):
         load_rule(saved)
 
 
+def test_folder_by_mistake(tmp_path):
+    with pytest.raises(ValueError, match=r"is a folder, not a rule file.*l2l-scale export"):
+        load_rule(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["last.ckpt", "rule.safetensors"])
 def test_training_checkpoint_by_mistake(tmp_path, name):
     torch.save({"state_dict": {}}, tmp_path / name)

@@ -20,7 +20,6 @@ def fit(folder, max_steps=12, ckpt_path=None, callbacks=(), module=None, data=No
     checkpoints = Checkpoints(dirpath=str(folder / "checkpoints"), **settings)
     fitted = Trainer(
         max_steps=max_steps,
-        max_epochs=-1,
         accelerator="cpu",
         logger=False,
         enable_progress_bar=False,
@@ -29,7 +28,7 @@ def fit(folder, max_steps=12, ckpt_path=None, callbacks=(), module=None, data=No
         gradient_clip_val=1.0,
         default_root_dir=folder,
         callbacks=[*callbacks, checkpoints],
-        **(trainer or {}),
+        **{"max_epochs": -1, **(trainer or {})},
     )
     fitted.fit(module or make_module(), datamodule=data or make_data(), ckpt_path=ckpt_path)
     return fitted, checkpoints
@@ -187,3 +186,22 @@ def test_torchrun_in_a_job_of_slurm_is_left_to_itself(monkeypatch):
         monkeypatch.setenv(name, value)
     found = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     assert not isinstance(found._accelerator_connector.cluster_environment, SLURMEnvironment)
+
+
+def test_a_run_of_epochs_can_be_made_longer(tmp_path):
+    def run(epochs, ckpt_path=None):
+        module = make_module(final_fraction=1.0)
+        return fit(tmp_path / str(epochs), -1, ckpt_path, module=module, trainer={"max_epochs": epochs})
+
+    run(4)
+    run(2)
+    fit(
+        tmp_path / "longer",
+        -1,
+        tmp_path / "2" / "checkpoints" / "last",
+        module=make_module(final_fraction=1.0),
+        trainer={"max_epochs": 4},
+    )
+    ends = [tmp_path / name / "checkpoints" / "step-00000016" for name in ("4", "longer")]
+    phi = [read_tensors(end / TRAINING)["state_dict"] for end in ends]
+    assert all(torch.equal(phi[0][name], phi[1][name]) for name in phi[0])

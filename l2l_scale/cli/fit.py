@@ -33,7 +33,7 @@ from l2l_scale.cli.run_folder import (
 )
 from l2l_scale.cli.run_log import close_log, note_failure, open_log, say
 from l2l_scale.cli.srun import settle_srun
-from l2l_scale.cli.stopping import end_with_parent, stop_here
+from l2l_scale.cli.stopping import end_with_parent, leave, stop_here
 from l2l_scale.deploy import classes_of
 from l2l_scale.files import write_atomically
 from l2l_scale.training import Checkpoints, MetaStepBar, PaceReport, Stopped, Trainer, TrajectoryMetrics
@@ -130,6 +130,8 @@ class Fit(Experiment):
                 self.finish(time.perf_counter() - started)
             self.run_state.end("finished")
         close_log()
+        if not trainer.is_global_zero:
+            leave()
 
     def fit(self, trainer: L.Trainer) -> None:
         """Train; a run that was stopped in good order ends the process here."""

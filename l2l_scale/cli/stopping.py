@@ -32,6 +32,17 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True, name="parent-observer").start()
 
 
+def leave() -> NoReturn:
+    """End a process that has done its part, though the first rank still has something to do.
+
+    Without tidying up: connections that are taken apart in another order can abort a process at its very end,
+    and whoever started the ranks would take that for an accident, and kill the first one.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 def exit_code(reason: Reason, in_slurm: bool) -> int:
     """128 + signal, as shells have it; 75 where SLURM lets the run go on."""
     if reason is Reason.TIME_LIMIT or (in_slurm and reason is not Reason.INTERRUPT):
@@ -52,7 +63,7 @@ def stop_here(stop: Stopped, record: RunStateFile, folder: Path) -> NoReturn:
         if job is None or code != REQUEUED or not _requeue(job, stop, record):
             say(f"to go on: l2l-scale fit -c {folder / 'config.yaml'} --ckpt_path last")
         sys.exit(code)
-    sys.exit(0)
+    leave()
 
 
 def _requeue(job: SlurmJob, stop: Stopped, record: RunStateFile) -> bool:

@@ -190,3 +190,12 @@ def test_a_process_of_lightnings_ends_with_the_one_that_started_it():
         assert child.is_running()
         parent.kill()
     assert left([child], timeout=10) == []
+
+
+def test_a_rank_that_has_done_its_part_ends_well_whatever_comes_at_the_end():
+    code = (
+        "import atexit, os\nfrom l2l_scale.cli.stopping import leave\n"
+        "atexit.register(os.abort)\nprint('done')\nleave()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "done\n")

@@ -127,3 +127,14 @@ def test_damaged_newer_ones_are_not_deleted(tmp_path):
     with pytest.warns(UserWarning, match=r"00012.*00011.*Taking .*step-00000010, which is whole"):
         run(tmp_path, VALUES, ckpt_path=folder / "last", max_steps=10)
     assert set(names(tmp_path)) >= {11, 12}
+
+
+@pytest.mark.parametrize("max_steps", [12, 14])  # with nothing left to train, and with something
+def test_what_a_killed_run_did_not_delete_is_deleted_when_it_goes_on(tmp_path, monkeypatch, max_steps):
+    values = [*VALUES, 6.0]
+    with monkeypatch.context() as patch:
+        patch.setattr("l2l_scale.training.checkpoints.shelf.prune", lambda *_: None)
+        run(tmp_path, values)
+    assert len(names(tmp_path)) == 12
+    run(tmp_path, values, ckpt_path=tmp_path / "checkpoints" / "last", max_steps=max_steps)
+    assert names(tmp_path) == [4, max_steps]

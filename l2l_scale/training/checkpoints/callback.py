@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
-from torch import Tensor
 
 from l2l_scale.checks import check_count, check_range
 from l2l_scale.training.checkpoints import shelf
@@ -20,7 +19,6 @@ from l2l_scale.training.preemption import Interruption, Reason, Stopped
 from l2l_scale.training.ranks import most_of_all_ranks
 from l2l_scale.training.slurm_job import SlurmJob
 from l2l_scale.training.validation import monitored
-from l2l_scale.tree import tree_map
 
 STATE_KEY = "Checkpoints"
 """Where Lightning keeps this callback's state in a checkpoint."""
@@ -106,6 +104,11 @@ class Checkpoints(Checkpoint):
             self.interruption.install()
             if not trainer.is_global_zero:
                 self.interruption.job = None  # one rank is enough to ask SLURM when the job ends
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Delete what the run that is resumed was killed before it had deleted."""
+        if self._loaded and trainer.is_global_zero:
+            shelf.prune(self.folder(trainer), self._to_keep(), self.spare)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock.
@@ -233,7 +236,7 @@ class Checkpoints(Checkpoint):
         value = monitored(trainer.callback_metrics, self.monitor)
         score = math.inf if math.isnan(value) else self.sign * value
         if self.best is None or score < self.sign * self.best["value"]:
-            phi = tree_map(_copy, dict(module.state_dict()))
+            phi = {name: leaf.detach().cpu().clone() for name, leaf in module.state_dict().items()}
             self.best = {"value": self.sign * score, "meta_step": trainer.global_step, "phi": phi}
         return self.sign * score
 
@@ -244,7 +247,3 @@ class Checkpoints(Checkpoint):
         self.values = {name: value for name, value in self.values.items() if name in names}
         best = sorted(self.values, key=lambda name: self.sign * self.values[name])[: self.keep_best]
         return {*names[-self.keep_last :], *best}
-
-
-def _copy(leaf: Any) -> Any:
-    return leaf.detach().cpu().clone() if isinstance(leaf, Tensor) else leaf

@@ -157,7 +157,7 @@ def test_last_is_the_last_of_our_callback_or_a_fresh_start(tmp_path):
     assert fit(tmp_path, 4, "last")[0].global_step == 4
     _, checkpoints = fit(tmp_path, 8, "last")
     assert len(names(tmp_path)) == 8
-    assert checkpoints._loaded
+    assert checkpoints._loaded is not None
 
 
 class Numpy(Callback):

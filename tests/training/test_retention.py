@@ -136,5 +136,8 @@ def test_what_a_killed_run_did_not_delete_is_deleted_when_it_goes_on(tmp_path, m
         patch.setattr("l2l_scale.training.checkpoints.shelf.prune", lambda *_: None)
         run(tmp_path, values)
     assert len(names(tmp_path)) == 12
+    (tmp_path / "checkpoints" / "last").unlink()  # nor had it set the link
+    (tmp_path / "checkpoints" / "last").symlink_to("step-00000003")
     run(tmp_path, values, ckpt_path=tmp_path / "checkpoints" / "last", max_steps=max_steps)
     assert names(tmp_path) == [4, max_steps]
+    assert (tmp_path / "checkpoints" / "last").resolve().name == f"step-{max_steps:08d}"

@@ -81,7 +81,7 @@ class Checkpoints(Checkpoint):
         self.seconds = 0.0  # that the last one took
         self._began_at = 0.0
         self._saved_at = 0
-        self._loaded = False
+        self._loaded: Path | None = None
         self._validated: tuple[int, float] | None = None
 
     @property
@@ -106,9 +106,9 @@ class Checkpoints(Checkpoint):
                 self.interruption.job = None  # one rank is enough to ask SLURM when the job ends
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Delete what the run that is resumed was killed before it had deleted."""
-        if self._loaded and trainer.is_global_zero:
-            shelf.prune(self.folder(trainer), self._to_keep(), self.spare)
+        """Do what the run that is resumed was killed before it had done: set the link, delete what may go."""
+        if self._loaded is not None and trainer.is_global_zero:
+            self._settle(self._loaded)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock.
@@ -122,7 +122,7 @@ class Checkpoints(Checkpoint):
                 "where there is no validation (trainer.limit_val_batches): checkpoints are written between "
                 "the meta-steps of an epoch, or after a validation"
             )
-        if not self._loaded and self.dirpath is not None:
+        if self._loaded is None and self.dirpath is not None:
             self.spare |= {path.name for path in shelf.checkpoints_in(self.dirpath)}
         self._began_at = time.monotonic()
         self._saved_at = trainer.global_step
@@ -228,7 +228,7 @@ class Checkpoints(Checkpoint):
         """Leave newer checkpoints than this one alone: they were damaged, or are of another future."""
         path = checkpoint.get(KEY, {}).get(LOADED_FROM)
         if path and self.dirpath is not None and Path(path).parent.resolve() == self.dirpath.resolve():
-            self._loaded = True
+            self._loaded = Path(path)
             self.spare = {one.name for one in shelf.newer_than(Path(path))}
 
     def _value(self, trainer: L.Trainer, module: L.LightningModule) -> float:

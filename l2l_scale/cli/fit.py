@@ -195,7 +195,11 @@ class Fit(Experiment):
         out, classes = self.folder / "rule.safetensors", classes_of(self.model.rule)
         rule = export_rule(ours[0].folder(self.trainer) / LAST, out, classes, best=True)
         log_rule(self.trainer.loggers, rule)
-        chosen = f"best rule by {self.config.checkpoint.monitor}" if ours[0].best else "rule (not validated)"
+        chosen = (
+            f"best rule by {self.config.checkpoint.monitor}"
+            if ours[0].retention.best
+            else "rule (not validated)"
+        )
         say(f"{chosen}: {rule}")
         say(f"next: l2l-scale evaluate -c {self.folder / 'config.yaml'}")
 

@@ -150,7 +150,7 @@ class MetaTraining(L.LightningModule):
         all_lost = sum(diverged) == sum(len(output.diverged) for output in outputs)
         lost = all_lost or not bool(surrogate.isfinite())
         self.windows_lost = self.windows_lost + 1 if lost else 0
-        if world_size(self) == 1:  # else at the next validation: the others must not be left waiting
+        if world_size() == 1:  # else at the next validation: the others must not be left waiting
             self._stop_if_lost(self.windows_lost)
         return {"loss": surrogate, "windows": outputs}
 

@@ -10,14 +10,19 @@ from torch import Tensor
 from l2l_scale.training.data import WindowData
 
 
-def world_size(module: L.LightningModule) -> int:
-    """How many ranks there are; one without a trainer."""
-    return 1 if module._trainer is None else module.trainer.world_size
+def rank() -> int:
+    """This process's number; 0 if it is the only one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def all_slots(module: L.LightningModule, losses: Tensor) -> Tensor:
     """Collective. Losses (T, S) of every rank's slots, as many on each, in the order of the ranks."""
-    if world_size(module) == 1:
+    if world_size() == 1:
         return losses
     joined = torch.cat(_all_gather(losses), dim=1)
     data = module.trainer.datamodule  # type: ignore[attr-defined]
@@ -27,14 +32,14 @@ def all_slots(module: L.LightningModule, losses: Tensor) -> Tensor:
 
 def _all_gather(own: Tensor) -> list[Tensor]:
     """Collective. A tensor of every rank, of one shape on all."""
-    everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    everyone = [torch.empty_like(own) for _ in range(world_size())]
     dist.all_gather(everyone, own.contiguous())
     return everyone
 
 
 def most_of_all_ranks(module: L.LightningModule, count: int) -> int:
     """Collective. The largest of the ranks' counts."""
-    if world_size(module) == 1:
+    if world_size() == 1:
         return count
     return max(int(other) for other in _all_gather(torch.tensor(count, device=module.device)))
 
@@ -44,7 +49,7 @@ def check_same_phi(module: L.LightningModule) -> None:
 
     A rank that went its own way, after a fault of memory or of a network, would spoil a run silently.
     """
-    if world_size(module) == 1:
+    if world_size() == 1:
         return
     hashes = torch.stack(_all_gather(hash_of(list(module.parameters()))))
     others = (hashes != hashes[0]).nonzero().flatten().tolist()

@@ -142,8 +142,8 @@ def test_time_decides_where_no_number_is_given(tmp_path, monkeypatch):
 def test_another_monitor_chooses_anew(tmp_path):
     _, first = fit(tmp_path, 8, monitor="valid/final")
     _, second = fit(tmp_path, 12, tmp_path / "checkpoints" / "last", monitor="valid/sum")
-    assert first.best["value"] != second.best["value"]
-    assert second.best["meta_step"] == 12
+    assert first.retention.best["value"] != second.retention.best["value"]
+    assert second.retention.best["meta_step"] == 12
 
 
 def test_a_fresh_run_in_the_same_folder_deletes_nothing_of_another(tmp_path):

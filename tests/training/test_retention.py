@@ -56,18 +56,18 @@ VALUES = [3.0, 1.0, 2.0, 1.0, 5.0, 4.0]  # after 2, 4, ..., 12 meta-steps
 def test_the_last_and_the_best_are_kept_and_no_others(tmp_path, settings, kept, best):
     _, checkpoints = run(tmp_path, VALUES, **{"every_n_meta_steps": 2, **settings})
     assert names(tmp_path) == kept
-    assert checkpoints.best["meta_step"] == best
-    assert checkpoints.best["value"] == VALUES[best // 2 - 1]
+    assert checkpoints.retention.best["meta_step"] == best
+    assert checkpoints.retention.best["value"] == VALUES[best // 2 - 1]
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])
 def test_nan_is_never_the_best_but_where_there_is_nothing_else(tmp_path, mode):
     values = [math.nan, math.inf if mode == "min" else -math.inf, 7.0, math.nan, 7.0, math.nan]
     _, checkpoints = run(tmp_path, values, mode=mode, every_n_meta_steps=2)
-    assert (checkpoints.best["meta_step"], checkpoints.best["value"]) == (6, 7.0)
+    assert (checkpoints.retention.best["meta_step"], checkpoints.retention.best["value"]) == (6, 7.0)
     assert names(tmp_path) == [6, 12]
     _, checkpoints = run(tmp_path / "only", [math.nan] * 6, mode=mode)
-    assert checkpoints.best["meta_step"] == 2
+    assert checkpoints.retention.best["meta_step"] == 2
 
 
 def test_best_phi_is_that_of_its_meta_step_and_survives_resuming(tmp_path):
@@ -76,7 +76,7 @@ def test_best_phi_is_that_of_its_meta_step_and_survives_resuming(tmp_path):
     for step in (5, 7, 11):
         path = tmp_path / "all" / "checkpoints" / f"step-{step:08d}"
         _, checkpoints = run(tmp_path / str(step), VALUES, ckpt_path=path)
-        assert checkpoints.best["meta_step"] == 4
+        assert checkpoints.retention.best["meta_step"] == 4
         saved = read_tensors(checkpoints.dirpath / "step-00000012" / TRAINING)
         best = saved["callbacks"]["Checkpoints"]["best"]["phi"]
         assert best.keys() == at_best.keys()

@@ -1,4 +1,4 @@
-"""When a checkpoint is written, which ones are kept, and the best φ so far."""
+"""When a checkpoint is written."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from l2l_scale.checks import check_count, check_range
 from l2l_scale.training.checkpoints import shelf
 from l2l_scale.training.checkpoints.folder import tidy
 from l2l_scale.training.checkpoints.inflight import KEY
+from l2l_scale.training.checkpoints.retention import Retention
 from l2l_scale.training.checkpoints.store import LOADED_FROM, on_rank_0
 from l2l_scale.training.preemption import Interruption, Reason, Stopped
 from l2l_scale.training.ranks import most_of_all_ranks
@@ -61,28 +62,17 @@ class Checkpoints(Checkpoint):
     ) -> None:
         check_range("every_seconds", every_seconds, 0, math.inf)
         check_range("max_share", max_share, 1e-6, 1)
-        check_count("keep_last", keep_last)
-        if keep_best != 0:
-            check_count("keep_best", keep_best)
         if every_n_meta_steps is not None:
             check_count("every_n_meta_steps", every_n_meta_steps)
-        self.monitor, self.sign = monitor, {"min": 1, "max": -1}[mode]
         self.every_seconds, self.max_share = every_seconds, max_share
         self.every_n_meta_steps = every_n_meta_steps
-        self.keep_last, self.keep_best = keep_last, keep_best
+        self.retention = Retention(monitor, mode, keep_last, keep_best)
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.interruption = Interruption(SlurmJob.current()) if heed_signals else None
-        self.best: dict[str, Any] | None = None
-        """{"value", "meta_step", "phi": state_dict of the module} of the best validation so far."""
-        self.values: dict[str, float] = {}
-        """What the checkpoints that were written at a validation came to, by name."""
-        self.spare: set[str] = set()
-        """Checkpoints that are none of ours: newer, of another future, damaged, or those of another run."""
         self.seconds = 0.0  # that the last one took
         self._began_at = 0.0
         self._saved_at = 0
         self._loaded: Path | None = None
-        self._validated: tuple[int, float] | None = None
 
     @property
     def state_key(self) -> str:
@@ -123,7 +113,7 @@ class Checkpoints(Checkpoint):
                 "the meta-steps of an epoch, or after a validation"
             )
         if self._loaded is None and self.dirpath is not None:
-            self.spare |= {path.name for path in shelf.checkpoints_in(self.dirpath)}
+            self.retention.spare |= {path.name for path in shelf.checkpoints_in(self.dirpath)}
         self._began_at = time.monotonic()
         self._saved_at = trainer.global_step
 
@@ -142,7 +132,7 @@ class Checkpoints(Checkpoint):
         """Collective. Remember φ if it is the best; write a checkpoint if it is time."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        self._validated = (trainer.global_step, self._value(trainer, pl_module))
+        self.retention.validated(monitored(trainer.callback_metrics, self.retention.monitor), pl_module)
         if not trainer.fit_loop.epoch_loop._should_accumulate():  # else gradients are in flight
             self._at_boundary(trainer, pl_module, intervals=1)
 
@@ -195,9 +185,7 @@ class Checkpoints(Checkpoint):
         started = time.monotonic()
         assert self.dirpath is not None
         path = self.dirpath / shelf.name_of(trainer.global_step)
-        if self._validated is not None and self._validated[0] == trainer.global_step:
-            self.values[path.name] = self._validated[1]
-        self.spare.discard(path.name)
+        self.retention.writing(path.name, trainer.global_step)
         trainer.save_checkpoint(path)
         self._saved_at = trainer.global_step
         on_rank_0(path, lambda: self._settle(path))
@@ -208,19 +196,16 @@ class Checkpoints(Checkpoint):
     def _settle(self, path: Path) -> None:
         """Point to what was written; delete what need not be kept."""
         shelf.point_to(path)
-        shelf.prune(path.parent, self._to_keep(), self.spare)
+        there = [one.name for one in shelf.checkpoints_in(path.parent)]
+        shelf.prune(path.parent, self.retention.to_keep(there), self.retention.spare)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know."""
-        chosen_by = [self.monitor, self.sign]
-        spare = sorted(self.spare)
-        return {"best": self.best, "values": self.values, "spare": spare, "chosen_by": chosen_by}
+        return self.retention.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take it up again."""
-        if state_dict["chosen_by"] == [self.monitor, self.sign]:  # else its best is none of ours
-            self.best, self.values = state_dict["best"], state_dict["values"]
-        self.spare |= set(state_dict.get("spare", ()))
+        self.retention.load_state_dict(state_dict)
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -229,21 +214,4 @@ class Checkpoints(Checkpoint):
         path = checkpoint.get(KEY, {}).get(LOADED_FROM)
         if path and self.dirpath is not None and Path(path).parent.resolve() == self.dirpath.resolve():
             self._loaded = Path(path)
-            self.spare = {one.name for one in shelf.newer_than(Path(path))}
-
-    def _value(self, trainer: L.Trainer, module: L.LightningModule) -> float:
-        """The monitored value; φ is remembered if it is the best."""
-        value = monitored(trainer.callback_metrics, self.monitor)
-        score = math.inf if math.isnan(value) else self.sign * value
-        if self.best is None or score < self.sign * self.best["value"]:
-            phi = {name: leaf.detach().cpu().clone() for name, leaf in module.state_dict().items()}
-            self.best = {"value": self.sign * score, "meta_step": trainer.global_step, "phi": phi}
-        return self.sign * score
-
-    def _to_keep(self) -> set[str]:
-        """Names of the last and the best."""
-        assert self.dirpath is not None
-        names = [path.name for path in shelf.checkpoints_in(self.dirpath) if path.name not in self.spare]
-        self.values = {name: value for name, value in self.values.items() if name in names}
-        best = sorted(self.values, key=lambda name: self.sign * self.values[name])[: self.keep_best]
-        return {*names[-self.keep_last :], *best}
+            self.retention.spare = {one.name for one in shelf.newer_than(Path(path))}

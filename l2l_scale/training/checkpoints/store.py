@@ -17,7 +17,8 @@ from l2l_scale.training.checkpoints import folder as files
 from l2l_scale.training.checkpoints import shelf
 from l2l_scale.training.checkpoints.folder import DamagedError, Entry
 from l2l_scale.training.checkpoints.inflight import KEY, SLOTS
-from l2l_scale.training.checkpoints.together import all_or_none, nothing, rank, together, world_size
+from l2l_scale.training.checkpoints.together import all_or_none, nothing, together
+from l2l_scale.training.ranks import rank, world_size
 from l2l_scale.training.surroundings import versions
 from l2l_scale.tree import tree_map
 

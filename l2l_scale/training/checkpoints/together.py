@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from l2l_scale.training.checkpoints.folder import DamagedError
+from l2l_scale.training.ranks import world_size
 
 T = TypeVar("T")
 
@@ -47,13 +48,3 @@ def together(function: Callable[[], T]) -> list[T]:
 
 def nothing() -> None:
     """What the other ranks do."""
-
-
-def rank() -> int:
-    """This process's number; 0 if it is the only one."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    """How many processes there are."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

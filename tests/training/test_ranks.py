@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from l2l_scale.training.ranks import all_slots, check_same_phi, hash_of, world_size
+from l2l_scale.training.ranks import all_slots, check_same_phi, hash_of, rank, world_size
 
 TENSORS = [torch.arange(6.0).reshape(2, 3), torch.tensor(0.5), torch.tensor([1, 2, 3], dtype=torch.bfloat16)]
 
@@ -53,7 +53,7 @@ def test_order_changes_the_hash():
 def test_a_rank_alone_has_everything_itself():
     alone = SimpleNamespace(_trainer=None)
     losses = torch.rand(3, 2)
-    assert world_size(alone) == 1
+    assert (rank(), world_size()) == (0, 1)
     assert all_slots(alone, losses) is losses
     check_same_phi(alone)
 
@@ -68,23 +68,23 @@ class Module(nn.Module):
         self.global_step = 7
 
 
-def work(rank, file):
+def work(own_rank, file):
     """What each of the two processes checks."""
     from test_meta_training import make_data
 
-    torch.distributed.init_process_group("gloo", f"file://{file}", rank=rank, world_size=2)
-    module = Module(rank)
+    torch.distributed.init_process_group("gloo", f"file://{file}", rank=own_rank, world_size=2)
+    module = Module(own_rank)
 
-    losses = torch.arange(6.0).reshape(3, 2) + 100 * rank
-    joined = torch.cat([losses - 100 * rank, losses - 100 * rank + 100], dim=1)
+    losses = torch.arange(6.0).reshape(3, 2) + 100 * own_rank
+    joined = torch.cat([losses - 100 * own_rank, losses - 100 * own_rank + 100], dim=1)
     assert torch.equal(all_slots(module, losses.T.contiguous().T), joined)
-    cut = Module(rank, make_data(valid_tasks=3))
+    cut = Module(own_rank, make_data(valid_tasks=3))
     assert torch.equal(all_slots(cut, losses), joined[:, :3])
 
     check_same_phi(module)
     with torch.no_grad():
-        module.phi[1] += rank * 2**-22  # the last bit
-    with pytest.raises(RuntimeError, match=r"φ on rank\(s\) 1 is not that of rank 0 at meta-step 7"):
+        module.phi[1] += own_rank * 2**-22  # the last bit
+    with pytest.raises(RuntimeError, match=r"φ on own_rank\(s\) 1 is not that of own_rank 0 at meta-step 7"):
         check_same_phi(module)
     torch.distributed.destroy_process_group()
 

@@ -84,7 +84,7 @@ def work(own_rank, file):
     check_same_phi(module)
     with torch.no_grad():
         module.phi[1] += own_rank * 2**-22  # the last bit
-    with pytest.raises(RuntimeError, match=r"φ on own_rank\(s\) 1 is not that of own_rank 0 at meta-step 7"):
+    with pytest.raises(RuntimeError, match=r"φ on rank\(s\) 1 is not that of rank 0 at meta-step 7"):
         check_same_phi(module)
     torch.distributed.destroy_process_group()
 

@@ -54,6 +54,7 @@ ALLOWED_DRAWS = {
     ("rng.py", "numpy.random.Philox"): "the one place where generators are made",
     ("rng.py", "numpy.random.Generator"): "the one place where generators are made",
     ("optimizers/cells.py", "uniform_"): "φ's initialisation, under seed_everything (like nn.Linear's own)",
+    ("optimizers/recurrent.py", "uniform_"): "φ's initialisation, under seed_everything",
     (
         "tasks/module.py",
         "torch.default_generator",

@@ -15,6 +15,7 @@ from l2l_scale.optimizers.features import (
     RNNprop,
 )
 from l2l_scale.optimizers.heads import Head, ScaledLinear, TanhExp
+from l2l_scale.optimizers.recurrent import CoordinatewiseGRU, CoordinatewiseRNN
 from l2l_scale.optimizers.schedules import CosineSchedule, ExponentialSchedule, RateSchedule, Scheduled
 from l2l_scale.optimizers.shared_memory import SharedMemory
 from l2l_scale.optimizers.steered_memory import SteeredMemory
@@ -26,7 +27,9 @@ __all__ = [
     "AdamW",
     "BarzilaiBorwein",
     "Concatenate",
+    "CoordinatewiseGRU",
     "CoordinatewiseLSTM",
+    "CoordinatewiseRNN",
     "CosineSchedule",
     "ExponentialSchedule",
     "Feature",

@@ -1,4 +1,4 @@
-"""The coordinatewise LSTM: what it must not see, and how it starts."""
+"""Coordinatewise networks: what it must not see, and how it starts."""
 
 import pytest
 import torch
@@ -6,7 +6,9 @@ from torch.func import functional_call
 
 from l2l_scale.optimizers import (
     Concatenate,
+    CoordinatewiseGRU,
     CoordinatewiseLSTM,
+    CoordinatewiseRNN,
     Identity,
     LogMagnitude,
     LogSign,
@@ -22,6 +24,8 @@ RULES = {
     "paper": lambda: CoordinatewiseLSTM(hidden_size=7, features=LogSign()),
     "default": lambda: CoordinatewiseLSTM(),
     "wide": lambda: CoordinatewiseLSTM(hidden_size=33, layers=1, features=RNNprop(log_scale=True)),
+    "GRU": lambda: CoordinatewiseGRU(hidden_size=7, features=LogSign()),
+    "RNN": lambda: CoordinatewiseRNN(hidden_size=7, layers=1, features=RNNprop(log_scale=True)),
     "narrow": lambda: CoordinatewiseLSTM(hidden_size=1, layers=3),
     "rnnprop": lambda: CoordinatewiseLSTM(
         hidden_size=5, features=Concatenate([RNNprop(log_scale=True), LogMagnitude()]), head=TanhExp()

@@ -86,7 +86,8 @@ def work(own_rank, file):
         module.phi[1] += own_rank * 2**-22  # the last bit
     with pytest.raises(RuntimeError, match=r"φ on rank\(s\) 1 is not that of rank 0 at meta-step 7"):
         check_same_phi(module)
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    os._exit(0)  # a process that has had gloo now and then hangs or aborts while Python tidies up
 
 
 def test_two_ranks_gather_losses_and_notice_another_phi(tmp_path):

@@ -2,9 +2,11 @@
 
 from l2l_scale.deploy.description import build_rule, classes_of, describe_rule
 from l2l_scale.deploy.files import load_rule, read_header, save_rule
+from l2l_scale.deploy.guard import Guard
 from l2l_scale.deploy.torch_optim import LearnedOptimizer
 
 __all__ = [
+    "Guard",
     "LearnedOptimizer",
     "build_rule",
     "classes_of",

@@ -40,7 +40,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     Args:
         params: as for every torch optimizer: tensors, named tensors, or groups of them with their own ``lr``.
-        rule: a rule, or the path of a rule file.
+        rule: a rule, the path of a rule file, or the name of a rule that comes with the package, such as
+            "general-lstm".
         lr: factor on the update; learning-rate schedulers change it. Learned rules know their own step
             sizes, so it is 1 unless there is a reason.
         backend: how the rule is computed, see :data:`l2l_scale.optimizers.backend.Backend`.

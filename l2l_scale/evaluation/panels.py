@@ -19,7 +19,7 @@ BASELINES = 3
 
 
 def plot_tests(tests: Mapping[str, Mapping[str, Curves]], horizon: int, path: Path) -> None:
-    """Draw mean loss curves with a band of one standard error, a panel for each test (as the paper's figures).
+    """Draw mean loss curves with a band of one standard error, a panel for each test, as the paper does.
 
     Args:
         tests: curves by test and optimizer. Baselines are those that were tuned on the very test, and of them
@@ -36,13 +36,12 @@ def plot_tests(tests: Mapping[str, Mapping[str, Curves]], horizon: int, path: Pa
         _draw(ax, name, _shown(name, curves, horizon), horizon, colours)
     for ax in panels[len(tests) :]:
         ax.set_visible(False)
-    handles = {label: handle for ax in panels for handle, label in zip(*_legend(ax), strict=True)}
+    handles = {
+        label: handle for ax in panels for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    ncols = min(6, len(handles))
     figure.legend(
-        handles.values(),
-        handles.keys(),
-        loc="outside lower center",
-        ncols=min(6, len(handles)),
-        frameon=False,
+        list(handles.values()), list(handles), loc="outside lower center", ncols=ncols, frameon=False
     )
     figure.suptitle(f"mean loss ± standard error; best {BASELINES} baselines tuned on each test", fontsize=11)
     figure.savefig(path, dpi=140)
@@ -94,8 +93,3 @@ def _draw(
     ax.title.set_fontsize(10)
     ax.grid(which="major", alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
-
-
-def _legend(ax: Axes) -> tuple[list[object], list[str]]:
-    handles, labels = ax.get_legend_handles_labels()
-    return list(handles), list(labels)

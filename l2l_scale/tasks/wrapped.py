@@ -68,6 +68,10 @@ class WrappedFamily(TaskFamily):
         """The same around the family on the data of a split."""
         return replace(self, family=self.family.for_split(split))
 
+    def pictures(self, task: Arrays, points: Arrays) -> Arrays:
+        """The family's own."""
+        return self.family.pictures(task, points)
+
     def prepare(self, device: torch.device) -> None:
         """Put the family's resident data on the device."""
         self.family.prepare(device)

@@ -18,13 +18,13 @@ from rich.progress import Progress
 from l2l_scale.cores import one_thread
 from l2l_scale.evaluation.entrants import Trial, entrants_of, plan_tests, run_all, tune_all
 from l2l_scale.evaluation.jobs import Runner, progress_display
+from l2l_scale.evaluation.markdown import markdown
 from l2l_scale.evaluation.plots import plot_curves
 from l2l_scale.evaluation.report import Curves, summarise, write_json
 from l2l_scale.evaluation.schema import VERSION, Report
 from l2l_scale.evaluation.settings import HELD_OUT, Evaluation
 from l2l_scale.evaluation.tables import (
     losses_table,
-    markdown,
     print_table,
     shifts_table,
     tuned_table,

@@ -17,6 +17,7 @@ from rich.progress import Progress
 
 from l2l_scale.cores import one_thread
 from l2l_scale.evaluation.entrants import Trial, entrants_of, plan_tests, run_all, tune_all
+from l2l_scale.evaluation.gallery import Row, draw_gallery, gallery
 from l2l_scale.evaluation.jobs import Runner, progress_display
 from l2l_scale.evaluation.markdown import markdown
 from l2l_scale.evaluation.plots import plot_curves
@@ -50,7 +51,8 @@ def evaluate(
         family: of meta-training.
         horizon: T of meta-training; baselines are tuned for as many inner steps.
         settings: how to compare.
-        out: folder for ``report.json``, ``report.md`` and ``curves.png``; None writes nothing.
+        out: folder for ``report.json``, ``report.md`` and ``curves.png``, and for ``pictures.png`` if the
+            family has any (:meth:`TaskFamily.pictures`); None writes nothing.
         silent: neither progress nor tables.
 
     Returns:
@@ -68,7 +70,8 @@ def evaluate(
         results = run_all(tests, entrants, runner)
         report = _report(tests, results, horizon, settings, runner, time.perf_counter() - start)
         if out is not None:
-            _write(report, results[0], out)
+            of_tests = zip(tests, entrants, results, report["tests"].values(), strict=True)
+            _write(report, results[0], [row for one in of_tests for row in gallery(*one, horizon)], out)
     if not silent:
         _print(report)
     return report
@@ -135,11 +138,13 @@ def _report(
     }
 
 
-def _write(report: Report, curves: dict[str, Curves], out: Path) -> None:
-    """Write the three files."""
+def _write(report: Report, curves: dict[str, Curves], rows: list[Row], out: Path) -> None:
+    """Write the files."""
     out.mkdir(parents=True, exist_ok=True)
     write_json(report, out / "report.json")
-    (out / "report.md").write_text(markdown(report), encoding="utf-8")
+    (out / "report.md").write_text(markdown(report, pictures=bool(rows)), encoding="utf-8")
+    if rows:
+        draw_gallery(rows, out / "pictures.png")
     test = report["tests"][HELD_OUT]
     plot_curves(
         curves, report["horizon"], f"{test['num_tasks']} held-out tasks", test["family"], out / "curves.png"

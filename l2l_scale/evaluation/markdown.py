@@ -16,8 +16,8 @@ at any inner step, or ends above its start by more than {factor} times (start + 
 were so high at any inner step. “learned lower” is the share
 of tasks on which the learned optimizer has the lower sum. “matched after” is the inner step at which the
 learned optimizer is first as low as this one at inner step {horizon}, on the same task, in the median over
-tasks, and that as a share of {horizon}. References are counted in evaluations of loss and gradient, and run on
-fewer tasks, in float64."""
+tasks, and that as a share of {horizon}. References are counted in evaluations of loss and gradient, and run
+on fewer tasks, in float64."""
 
 
 def markdown(report: Report, pictures: bool = False) -> str:

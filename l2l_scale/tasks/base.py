@@ -103,7 +103,7 @@ class TaskFamily(ABC):
         """Put resident data (a whole data set) on the device, once, before the first loss there."""
 
     def pictures(self, task: Arrays, points: Arrays) -> Arrays:
-        """What there is to look at in ONE problem, by name, (H, W, 3) each in [0, 1], or nothing.
+        """What there is to look at in ONE problem, by name, (H, W, 3) each in [0, 1]; here nothing.
 
         Args:
             task: what :meth:`sample_task` returned.
@@ -120,6 +120,11 @@ class TaskFamily(ABC):
     def has_data(self) -> bool:
         """Whether inner steps see minibatches."""
         return type(self).sample_data is not TaskFamily.sample_data
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether there is something to look at."""
+        return type(self).pictures is not TaskFamily.pictures
 
 
 def _depth(cls: type, name: str) -> int:

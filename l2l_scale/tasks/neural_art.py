@@ -23,6 +23,8 @@ from l2l_scale.tasks.art_images import GENERATED, check_content, check_style, dr
 from l2l_scale.tasks.base import Arrays, TaskFamily, Tensors
 from l2l_scale.tasks.extractor import DEVIATION, MEAN, Extractor, look_up, normalised
 
+_TINY = 1e-6  # a style without any activation has no size to be relative to
+
 
 @dataclass(frozen=True, kw_only=True)
 class NeuralArt(TaskFamily):
@@ -31,7 +33,8 @@ class NeuralArt(TaskFamily):
     The three are means, so that with P a pixel's gradient is as large in a small picture as in a large one:
 
     - content: squared difference of one layer's activations from those of the content;
-    - style: squared difference of the Gram matrices of some layers, divided by h·w, from those of the style;
+    - style: squared difference of some layers' Gram matrices from those of the style, relative to the square
+      of the style's, since these differ a hundredfold from one style to the next;
     - variation: squared difference of neighbouring pixels.
 
     θ is in ImageNet's normalised units, where pixels lie in about [−2.1, 2.6]; nothing keeps it there.
@@ -49,7 +52,7 @@ class NeuralArt(TaskFamily):
         noise: standard deviation of that noise.
         extractor: whose activations count.
         style_layers: numbers of convolutions, the first is 0; the first one of every block if not given.
-        content_layer: the same; the last of the style's if not given.
+        content_layer: the same, for the content; the last but one of the style's if not given.
         split: which pictures of a folder or data set.
 
     Raises:
@@ -60,10 +63,10 @@ class NeuralArt(TaskFamily):
     content: str = GENERATED
     styles: tuple[str, ...] = ("waves",)
     content_weight: float = 1.0
-    style_weight: float = 1.0
-    variation_weight: float = 0.1
+    style_weight: float = 3.0
+    variation_weight: float = 0.05
     start: Literal["content", "noise"] = "content"
-    noise: float = 0.5
+    noise: float = 0.2
     extractor: Extractor = field(default_factory=Extractor)
     style_layers: tuple[int, ...] | None = None
     content_layer: int | None = None
@@ -106,7 +109,7 @@ class NeuralArt(TaskFamily):
     @property
     def of_content(self) -> int:
         """The layer whose activations count."""
-        return self.of_style[-1] if self.content_layer is None else self.content_layer
+        return self.of_style[-2:][0] if self.content_layer is None else self.content_layer
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -148,11 +151,8 @@ class NeuralArt(TaskFamily):
         pictures = self.spec.unflatten(theta)["pixels"]
         values = self.extractor.activations(pictures, self.layers)
         content = (values[self.of_content].to(theta.dtype) - task["content"]).square().mean((1, 2, 3))
-        styles = [
-            (gram(values[layer]).to(theta.dtype) - task[f"gram_{layer}"]).square().mean((1, 2))
-            for layer in self.of_style
-        ]
-        style = torch.stack(styles).mean(0)
+        of_layers = [_relative(gram(values[i]).to(theta.dtype), task[f"gram_{i}"]) for i in self.of_style]
+        style = torch.stack(of_layers).mean(0)
         total = self.content_weight * content + self.style_weight * style
         return self.size**2 * (total + self.variation_weight * variation(pictures))
 
@@ -178,6 +178,11 @@ def gram(values: Tensor) -> Tensor:
     """Gram matrices of activations (S, C, h, w), divided by h·w: (S, C, C)."""
     flat = values.flatten(2)
     return flat @ flat.mT / flat.shape[-1]
+
+
+def _relative(matrices: Tensor, wanted: Tensor) -> Tensor:
+    """‖G − A‖² / ‖A‖² of matrices (S, C, C), (S,)."""
+    return (matrices - wanted).square().sum((1, 2)) / wanted.square().sum((1, 2)).clamp(min=_TINY)
 
 
 def variation(pictures: Tensor) -> Tensor:

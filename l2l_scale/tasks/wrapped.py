@@ -38,6 +38,11 @@ class WrappedFamily(TaskFamily):
         """Whether gradients are written out both here and in the family."""
         return super().has_gradient_formula and self.family.has_gradient_formula
 
+    @property
+    def has_pictures(self) -> bool:
+        """Whether the family has something to look at."""
+        return self.family.has_pictures
+
     def sample_task(self, rng: np.random.Generator) -> Arrays:
         """As the family does."""
         return self.family.sample_task(rng)

@@ -44,7 +44,7 @@ def test_shapes_follow_the_size() -> None:
     assert {name: value.shape for name, value in task.items()} == {
         "content_picture": (3, 8, 8),
         "style_picture": (3, 8, 8),
-        "content": (6, 4, 4),
+        "content": (4, 8, 8),
         "gram_0": (4, 4),
         "gram_1": (6, 6),
     }
@@ -72,13 +72,14 @@ def test_variation_is_that_of_naive_sums() -> None:
 
 def test_the_loss_is_the_weighted_sum_of_its_parts() -> None:
     family = NeuralArt(
-        size=8, extractor=TINY, content_weight=2.0, style_weight=3.0, variation_weight=5.0, content_layer=0
+        size=8, extractor=TINY, content_weight=2.0, style_weight=3.0, variation_weight=5.0, content_layer=1
     )
     theta, task = batch(family)
     values = TINY.activations(theta.view(-1, 3, 8, 8), (0, 1))
     for slot in range(len(theta)):
-        content = ((values[0][slot] - task["content"][slot]) ** 2).mean()
-        off = [((gram(values[i])[slot] - task[f"gram_{i}"][slot]) ** 2).mean() for i in (0, 1)]
+        content = ((values[1][slot] - task["content"][slot]) ** 2).mean()
+        wanted = [task[f"gram_{i}"][slot] for i in (0, 1)]
+        off = [((gram(values[i])[slot] - wanted[i]) ** 2).sum() / (wanted[i] ** 2).sum() for i in (0, 1)]
         expected = 64 * (
             2 * content + 3 * (off[0] + off[1]) / 2 + 5 * variation(theta.view(-1, 3, 8, 8))[slot]
         )
@@ -100,6 +101,12 @@ def test_content_and_style_are_zero_at_their_own_pictures() -> None:
         loss = family.loss(family.spec.unflatten(theta), tensors, {})
         assert loss.item() < 1e-9
         assert family.loss(family.spec.unflatten(theta + 0.1), tensors, {}).item() > 1e-2
+
+
+def test_the_content_is_compared_one_block_before_the_last_if_nothing_is_said() -> None:
+    assert NeuralArt().of_content == 1
+    assert NeuralArt(extractor=Extractor(channels=(4,))).of_content == 0
+    assert NeuralArt(style_layers=(2, 0)).of_content == 2
 
 
 def test_batched_losses_equal_each_slots_loss() -> None:

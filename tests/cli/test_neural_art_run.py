@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import yaml
 
 from l2l_scale.cli.evaluate import run as evaluate
@@ -12,7 +13,7 @@ from l2l_scale.cli.fit import Fit
 from l2l_scale.tasks import NeuralArt
 
 CONFIG = Path(__file__).parents[2] / "configs" / "paper" / "neural_art.yaml"
-SMALL = ["--trainer.max_steps", "2", "--data.windows_per_epoch", "2", "--data.valid_tasks", "2"]
+SMALL = ["--trainer.max_steps", "2", "--data.windows_per_epoch", "2", "--data.valid_tasks", "1"]
 SMALL_EVALUATION = [
     *("--evaluation.num_tasks", "2", "--evaluation.num_tuning_tasks", "1", "--evaluation.baselines", "[SGD]"),
     *("--evaluation.num_shift_tasks", "1", "--evaluation.num_shift_tuning_tasks", "1"),
@@ -21,6 +22,7 @@ SMALL_EVALUATION = [
 ]
 
 
+@pytest.mark.slow
 def test_the_configuration_trains_and_evaluates(tmp_path: Path) -> None:
     fit = Fit(["-c", str(CONFIG), "--run_dir", str(tmp_path), *SMALL])
     fit.train()

@@ -13,8 +13,9 @@ import yaml
 
 from l2l_scale.deploy import read_header
 from l2l_scale.deploy.pretrained import CARD, CONFIG, REPORTS, RULE
+from l2l_scale.evaluation.markdown import summary
 from l2l_scale.evaluation.schema import Report
-from l2l_scale.evaluation.tables import markdown_summary, verdict
+from l2l_scale.evaluation.tables import verdict
 from l2l_scale.files import write_atomically
 from l2l_scale.run_record import RunRecord, read_record
 
@@ -65,7 +66,7 @@ def card(
 ) -> str:
     """The model card: use, training, figures with what is not beaten, and how to train it again."""
     front = yaml.safe_dump(FRONT, sort_keys=False).strip()
-    summaries = {title: markdown_summary(report) for title, report in reports.items()}
+    summaries = {title: summary(report) for title, report in reports.items()}
     first = next(iter(reports.values()))
     notes, data, took = header["metadata"], config["data"], _seconds(record)
     parts = [
@@ -82,7 +83,7 @@ def card(
         f"\n- again: `l2l-scale reproduce {name}`",
         "## Figures\n\nAll on tasks that neither meta-training nor tuning saw; every baseline was tuned on "
         "tasks of the very test that it is in. The numbers are in `reports/`.",
-        *(f"### {title}\n\n{summary}" for title, summary in summaries.items()),
+        *(f"### {title}\n\n{text}" for title, text in summaries.items()),
         "## Licence\n\nApache-2.0, as the package. The data sets named above have licences of their own, and "
         "are not part of the rule.",
     ]

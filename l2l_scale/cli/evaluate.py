@@ -20,7 +20,8 @@ class Evaluate(Reader):
 
     description = (
         "Tune baselines on tuning tasks, run them and the learned rules on the same held-out tasks, and "
-        "write report.json, report.md and curves.png. The configuration is that of fit."
+        "write report.json, report.md and curves.png (and pictures.png, where tasks have any). The "
+        "configuration is that of fit."
     )
 
     def add_options(self, parser: LightningArgumentParser) -> None:
@@ -92,5 +93,7 @@ def run(arguments: list[str]) -> None:
             reports[folder.relative_to(out).as_posix() if folder != out else ""] = report, folder
             print(f"report   {folder / 'report.md'}\nnumbers  {folder / 'report.json'}")
             print(f"picture  {folder / 'curves.png'}")
+            if family.has_pictures:
+                print(f"pictures {folder / 'pictures.png'}")
     if command.loggers:
         log_reports(command.loggers, reports, meta_steps_of(next(iter(command.files().values()))))

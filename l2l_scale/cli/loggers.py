@@ -95,6 +95,8 @@ def log_reports(
         for name, (report, folder) in reports.items():
             suffix, dash = (f"/{name}", f"-{name.replace('/', '-')}") if name else ("", "")
             run.log_image(f"evaluation/curves{suffix}", [str(folder / "curves.png")], meta_steps)
+            if (pictures := folder / "pictures.png").is_file():
+                run.log_image(f"evaluation/pictures{suffix}", [str(pictures)], meta_steps)
             run.log_table(f"evaluation/losses{suffix}", *losses_in_numbers(report), step=meta_steps)
             run.log_files(f"evaluation{dash}", [folder / "report.json"])
         run.finish()

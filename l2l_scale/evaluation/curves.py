@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeAlias
 
@@ -127,8 +127,18 @@ def curves_of_all(rules: Sequence[UpdateRule], held_out: HeldOut, tasks: range) 
     for chunk in chunked(tasks, held_out.slots_at_once):
         sampler = held_out.sampler()
         for rule, part in zip(rules, parts, strict=True):
-            part.append(_trajectories(rule, held_out, held_out.windows(sampler, chunk)).cpu())
+            part.append(_trajectories(rule, held_out, held_out.windows(sampler, chunk))[0].cpu())
     return [torch.cat(part, dim=1) for part in parts]
+
+
+def end_points(rule: UpdateRule, held_out: HeldOut, tasks: range) -> Tensor:
+    """Where a rule is after the last inner step of these tasks, θ_T (S, N), on the CPU."""
+    held_out = replace(held_out, window=held_out.inner_steps)  # windows that reach beyond T would move θ on
+    held_out.prepare()
+    rule = held_out.accelerate(rule)
+    chunks = chunked(tasks, held_out.slots_at_once)
+    ends = [_trajectories(rule, held_out, held_out.windows(held_out.sampler(), chunk))[1] for chunk in chunks]
+    return torch.cat(ends).cpu()
 
 
 def sweep(build: Build, points: Sequence[Point], held_out: HeldOut) -> Tensor:
@@ -155,14 +165,16 @@ def _sweep_block(build: Build, points: Sequence[Point], held_out: HeldOut) -> Te
     for tasks in chunked(range(held_out.num_tasks), max(1, held_out.slots_at_once // len(points))):
         rule = build(_per_slot(points, len(tasks), held_out.device))
         windows = held_out.windows(held_out.sampler(), tasks, len(points))
-        curves = _trajectories(rule, held_out, windows).double()
+        curves = _trajectories(rule, held_out, windows)[0].double()
         scores = torch.stack([curves[-1], curves[1:].sum(0)]).cpu()
         columns.append(scores.view(2, len(tasks), len(points)).mT)
     return torch.cat(columns, dim=2)
 
 
-def _trajectories(rule: UpdateRule, held_out: HeldOut, windows: Iterator[WindowBatch]) -> Tensor:
-    """Run one block of slots window after window; losses (T + 1, slots)."""
+def _trajectories(
+    rule: UpdateRule, held_out: HeldOut, windows: Iterator[WindowBatch]
+) -> tuple[Tensor, Tensor]:
+    """Run one block of slots window after window; losses (T + 1, slots), and θ (slots, N) in the end."""
     carry: Carry | None = None
     losses: list[Tensor] = []
     for batch in windows:
@@ -172,7 +184,8 @@ def _trajectories(rule: UpdateRule, held_out: HeldOut, windows: Iterator[WindowB
             losses.append(rollout.carry.start_loss[None])
         losses.append(rollout.losses)
         carry = rollout.carry
-    return stay_astray(torch.cat(losses)[: held_out.inner_steps + 1])
+    assert carry is not None, "a run has one window at least"
+    return stay_astray(torch.cat(losses)[: held_out.inner_steps + 1]), carry.theta
 
 
 def stay_astray(curves: Tensor) -> Tensor:

@@ -17,7 +17,9 @@ from rich.progress import Progress
 
 from l2l_scale.cores import one_thread
 from l2l_scale.evaluation.entrants import Trial, entrants_of, plan_tests, run_all, tune_all
+from l2l_scale.evaluation.gallery import Row, draw_gallery, gallery
 from l2l_scale.evaluation.jobs import Runner, progress_display
+from l2l_scale.evaluation.markdown import markdown
 from l2l_scale.evaluation.panels import plot_tests
 from l2l_scale.evaluation.plots import plot_curves
 from l2l_scale.evaluation.report import Curves, summarise, write_json
@@ -25,7 +27,6 @@ from l2l_scale.evaluation.schema import VERSION, Report
 from l2l_scale.evaluation.settings import HELD_OUT, Evaluation
 from l2l_scale.evaluation.tables import (
     losses_table,
-    markdown,
     print_table,
     shifts_table,
     tuned_table,
@@ -51,7 +52,8 @@ def evaluate(
         family: of meta-training.
         horizon: T of meta-training; baselines are tuned for as many inner steps.
         settings: how to compare.
-        out: folder for ``report.json``, ``report.md`` and ``curves.png``; None writes nothing.
+        out: folder for ``report.json``, ``report.md`` and ``curves.png``, and for ``pictures.png`` if the
+            family has any (:meth:`TaskFamily.pictures`); None writes nothing.
         silent: neither progress nor tables.
 
     Returns:
@@ -69,7 +71,8 @@ def evaluate(
         results = run_all(tests, entrants, runner)
         report = _report(tests, results, horizon, settings, runner, time.perf_counter() - start)
         if out is not None:
-            _write(report, results, out)
+            of_tests = zip(tests, entrants, results, report["tests"].values(), strict=True)
+            _write(report, results, [row for one in of_tests for row in gallery(*one, horizon)], out)
     if not silent:
         _print(report)
     return report
@@ -136,11 +139,13 @@ def _report(
     }
 
 
-def _write(report: Report, results: list[dict[str, Curves]], out: Path) -> None:
-    """Write report.json, report.md and the pictures."""
+def _write(report: Report, results: list[dict[str, Curves]], rows: list[Row], out: Path) -> None:
+    """Write the files."""
     out.mkdir(parents=True, exist_ok=True)
     write_json(report, out / "report.json")
-    (out / "report.md").write_text(markdown(report), encoding="utf-8")
+    (out / "report.md").write_text(markdown(report, pictures=bool(rows)), encoding="utf-8")
+    if rows:
+        draw_gallery(rows, out / "pictures.png")
     test = report["tests"][HELD_OUT]
     title = f"{test['num_tasks']} held-out tasks"
     plot_curves(results[0], report["horizon"], title, test["family"], out / "curves.png")

@@ -102,7 +102,12 @@ def paired_report(mine: Tensor, other: Tensor, horizon: int) -> PairedReport:
     """A learned optimizer's losses against another's, (inner steps + 1, S) each, on the tasks of both."""
     tasks = min(mine.shape[1], other.shape[1])
     a, b = mine[1 : horizon + 1, :tasks].double(), other[1 : horizon + 1, :tasks].double()
-    return {"num_tasks": tasks, "sum": compare(a.sum(0), b.sum(0)), "final": compare(a[-1], b[-1])}
+    return {
+        "num_tasks": tasks,
+        "sum": compare(a.sum(0), b.sum(0)),
+        "final": compare(a[-1], b[-1]),
+        "steps_to_match": _number(median(steps_to(mine[:, :tasks].double(), b[-1]))),
+    }
 
 
 def compare(a: Tensor, b: Tensor) -> Comparison:
@@ -122,8 +127,13 @@ def is_above(losses: Tensor, start: Tensor) -> Tensor:
     return has_diverged(losses[None], start, DIVERGED_FACTOR)
 
 
-def steps_to(losses: Tensor, low: float) -> Tensor:
-    """The first inner step at which a loss is ``low`` or lower, (S,), infinite where there is none."""
+def steps_to(losses: Tensor, low: float | Tensor) -> Tensor:
+    """The first inner step at which a loss is ``low`` or lower, (S,), infinite where there is none.
+
+    Args:
+        losses: (T + 1, S).
+        low: one loss, or one for each task, (S,).
+    """
     reached = losses <= low
     first = reached.int().argmax(0).double()
     return first.masked_fill(~reached.any(0), math.inf)

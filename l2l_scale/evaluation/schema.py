@@ -1,4 +1,4 @@
-"""The form of ``report.json``, version 2, and its check.
+"""The form of ``report.json``, version 3, and its check.
 
 Numbers that are infinite or do not exist (a mean over tasks of which one went astray, a standard error of
 one task) are null: JSON has no infinity. Statistics by inner step are objects whose keys are inner steps,
@@ -20,7 +20,7 @@ from typing import (
     is_typeddict,
 )
 
-VERSION = 2
+VERSION = 3
 
 Number: TypeAlias = float | None
 """null where it is infinite or does not exist."""
@@ -93,6 +93,10 @@ class PairedReport(TypedDict):
     """Of f(θ_1) + … + f(θ_T), T the horizon."""
     final: Comparison
     """Of f(θ_T)."""
+    steps_to_match: Number
+    """Median over tasks of the first inner step at which the learned optimizer's loss is as low as the
+    other's f(θ_T) on the same task, or lower; looked for in the whole run, so it may be beyond T. null where
+    half of the tasks never get there. With minibatches a lucky one counts."""
 
 
 class HeldOutReport(TypedDict):

@@ -1,4 +1,4 @@
-"""A report as tables: on the terminal and in ``report.md``."""
+"""A report as tables and a verdict."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import rich.box
 from rich.console import Console
 from rich.table import Table
 
-from l2l_scale.evaluation.report import DIVERGED_FACTOR, by_mean
+from l2l_scale.evaluation.report import by_mean
 from l2l_scale.evaluation.schema import HeldOutReport, Number, OptimizerReport, Report
 from l2l_scale.evaluation.tuning import Tuned
 
@@ -50,10 +50,14 @@ def losses_table(test: HeldOutReport, horizon: int, every_step: bool) -> Cells:
     extra += [f"steps to {low}"] if low else []
     header = ["optimizer", *(f"mean @{t}" for t in shown), *extra, f"sum 1…{horizon}", "diverged", "spiked"]
     if mine is not None:
-        header.append("learned lower")
+        header += ["learned lower", "matched after"]
     names = [name for kind in ("learned", "tuned", "reference") for name in by_mean(test, horizon, [kind])]
     rows = [
-        [name, *_cells(optimizers[name], shown, horizon, every_step, low), *_share(test, mine, name)]
+        [
+            name,
+            *_cells(optimizers[name], shown, horizon, every_step, low),
+            *_paired(test, mine, name, horizon),
+        ]
         for name in names
     ]
     return Cells(header, rows, [optimizers[name]["kind"] == "learned" for name in names])
@@ -86,12 +90,19 @@ def _steps(value: Number) -> str:
     return "–" if value is None else f"{value:g}"
 
 
-def _share(test: HeldOutReport, mine: str | None, name: str) -> list[str]:
-    """On which share of the tasks the learned optimizer has the lower sum."""
+def _paired(test: HeldOutReport, mine: str | None, name: str, horizon: int) -> list[str]:
+    """On which share of the tasks the learned optimizer has the lower sum, and when it is as low."""
     if mine is None:
         return []
     paired = test["paired"][mine].get(name)
-    return ["–" if paired is None else f"{100 * paired['sum']['share_lower']:.1f} %"]
+    if paired is None:
+        return ["–", "–"]
+    return [f"{100 * paired['sum']['share_lower']:.1f} %", _matched(paired["steps_to_match"], horizon)]
+
+
+def _matched(steps: Number, horizon: int) -> str:
+    """Inner steps, and as a share of the horizon; a dash where half of the tasks never get there."""
+    return "–" if steps is None else f"{steps:g} ({100 * steps / horizon:.0f} %)"
 
 
 def shifts_table(report: Report) -> Cells | None:
@@ -163,7 +174,15 @@ def verdict(test: HeldOutReport, horizon: int) -> str:
         text += f" That is {own / best:.2f} × the best tuned baseline ({tuned[0]}, {number(best)})."
     last = test["inner_steps"]
     places: list[tuple[Statistic, int]] = [("mean", horizon), ("median", horizon), ("mean", last)]
-    return " ".join([text, *(_not_beaten(test, mine, *place) for place in dict.fromkeys(places))])
+    beaten = [_not_beaten(test, mine, *place) for place in dict.fromkeys(places)]
+    return " ".join([text, *beaten, *_matches(test, mine, tuned[0], horizon)] if tuned else [text, *beaten])
+
+
+def _matches(test: HeldOutReport, mine: str, other: str, horizon: int) -> list[str]:
+    """Say when ``mine`` is as low as another optimizer at the horizon."""
+    steps = test["paired"][mine][other]["steps_to_match"]
+    when = "never in the run" if steps is None else f"after {_matched(steps, horizon)} inner steps"
+    return [f"As low as {other} @{horizon}: {when} (median over tasks)."]
 
 
 def _not_beaten(test: HeldOutReport, mine: str, statistic: Statistic, step: int) -> str:
@@ -176,56 +195,6 @@ def _not_beaten(test: HeldOutReport, mine: str, statistic: Statistic, step: int)
         if v is not None and (own is None or v <= own)
     ]
     return f"Not beaten in {statistic} @{step}: {', '.join(better) or 'none'}."
-
-
-def markdown(report: Report) -> str:
-    """The whole ``report.md``."""
-    horizon = report["horizon"]
-    parts = [_MARKDOWN_HEAD.format(horizon=horizon, factor=f"{DIVERGED_FACTOR:g}")]
-    for i, (name, test) in enumerate(report["tests"].items()):
-        parts += [f"## {name}", f"`{test['family']}`", verdict(test, horizon)]
-        parts.append(_markdown_table(losses_table(test, horizon, every_step=i == 0)))
-        if i == 0:
-            pictures = ["curves", "tests"] if len(report["tests"]) > 1 else ["curves"]
-            parts += [f"![{name}]({name}.png)" for name in pictures]
-            parts += ["### Hyper-parameters", _markdown_table(tuning_table(test))]
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    parts.append(
-        f"Wall time {report['wall_seconds']:.0f} s, CPU time {report['cpu_seconds']:.0f} s on "
-        f"{report['num_workers']} processes. Seeds: test {report['test_seed']}, tuning "
-        f"{report['tuning_seed']}. {versions}."
-    )
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def markdown_summary(report: Report) -> str:
-    """What a model card says of a report: the table of the first test, and one sentence on each."""
-    horizon, tests = report["horizon"], report["tests"]
-    table = _markdown_table(losses_table(next(iter(tests.values())), horizon, every_step=True))
-    lines = [
-        f"- **{name}** ({test['num_tasks']} tasks, `{test['family']}`): {verdict(test, horizon)}"
-        for name, test in tests.items()
-    ]
-    return "\n".join([table, "", *lines])
-
-
-_MARKDOWN_HEAD = """# Evaluation
-
-Losses on tasks that no optimizer saw in meta-training or tuning; ± is one standard error over tasks.
-Baselines are tuned for the mean loss at inner step {horizon}, the horizon of meta-training, or for the sum
-of losses up to it; schedules end there, and so does their movement. “(here)” was tuned again on the shifted
-distribution, “(sum)” for the sum of losses. “diverged” counts tasks whose loss was not finite
-at any inner step, or ends above its start by more than {factor} times (start + 1); “spiked” counts those that
-were so high at any inner step. “learned lower” is the share
-of tasks on which the learned optimizer has the lower sum. References are counted in evaluations of loss and
-gradient, and run on fewer tasks, in float64."""
-
-
-def _markdown_table(cells: Cells) -> str:
-    lines = ["| " + " | ".join(cells.header) + " |", "|---" + "|---:" * (len(cells.header) - 1) + "|"]
-    for row, bold in zip(cells.rows, cells.bold, strict=True):
-        lines.append("| " + " | ".join(f"**{cell}**" if bold else cell for cell in row) + " |")
-    return "\n".join(lines)
 
 
 def print_table(title: str, cells: Cells, note: str = "") -> None:

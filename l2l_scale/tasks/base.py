@@ -102,6 +102,15 @@ class TaskFamily(ABC):
     def prepare(self, device: torch.device) -> None:  # noqa: B027 - an optional hook, empty on purpose
         """Put resident data (a whole data set) on the device, once, before the first loss there."""
 
+    def pictures(self, task: Arrays, points: Arrays) -> Arrays:
+        """What there is to look at in ONE problem, by name, (H, W, 3) each in [0, 1]; here nothing.
+
+        Args:
+            task: what :meth:`sample_task` returned.
+            points: parameters (N,) by name; each becomes the picture of its name, after those of the task.
+        """
+        return {}
+
     @property
     def has_gradient_formula(self) -> bool:
         """Whether gradients are written out, and are not torch's derivatives of the losses."""
@@ -111,6 +120,11 @@ class TaskFamily(ABC):
     def has_data(self) -> bool:
         """Whether inner steps see minibatches."""
         return type(self).sample_data is not TaskFamily.sample_data
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether there is something to look at."""
+        return type(self).pictures is not TaskFamily.pictures
 
 
 def _depth(cls: type, name: str) -> int:

@@ -86,6 +86,11 @@ class RandomScaling(WrappedFamily):
             losses, grads = self.family.losses_and_gradients(scale * theta, own, data, create_graph)
             return losses, scale * grads
 
+    def pictures(self, task: Arrays, points: Arrays) -> Arrays:
+        """The family's, at c θ."""
+        own, scale = _part(task)
+        return self.family.pictures(own, {name: scale * theta for name, theta in points.items()})
+
     def for_split(self, split: Split) -> TaskFamily:
         """The scaled family on the training data; on all others the family without scaling."""
         return super().for_split(split) if split is Split.TRAIN else self.family.for_split(split)

@@ -38,6 +38,11 @@ class WrappedFamily(TaskFamily):
         """Whether gradients are written out both here and in the family."""
         return super().has_gradient_formula and self.family.has_gradient_formula
 
+    @property
+    def has_pictures(self) -> bool:
+        """Whether the family has something to look at."""
+        return self.family.has_pictures
+
     def sample_task(self, rng: np.random.Generator) -> Arrays:
         """As the family does."""
         return self.family.sample_task(rng)
@@ -67,6 +72,10 @@ class WrappedFamily(TaskFamily):
     def for_split(self, split: Split) -> TaskFamily:
         """The same around the family on the data of a split."""
         return replace(self, family=self.family.for_split(split))
+
+    def pictures(self, task: Arrays, points: Arrays) -> Arrays:
+        """The family's own."""
+        return self.family.pictures(task, points)
 
     def prepare(self, device: torch.device) -> None:
         """Put the family's resident data on the device."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from l2l_scale.evaluation.curves import HeldOut, curves_of_all, loss_curves, sweep
+from l2l_scale.evaluation.curves import HeldOut, curves_of_all, end_points, loss_curves, sweep
 from l2l_scale.optimizers import CoordinatewiseLSTM, UpdateRule
 from l2l_scale.optimizers.adaptive import Adam
 from l2l_scale.optimizers.classic import SGD, HeavyBall
@@ -146,3 +146,17 @@ def test_a_grid_on_the_slot_axis_is_as_one_rollout_per_point(held_out: HeldOut, 
 def test_numbers_below_one_are_refused_by_name(name: str) -> None:
     with pytest.raises(ValueError, match=rf"{name} \(0\)"):
         replace(PLAIN, **{name: 0})
+
+
+@BOTH
+def test_end_points_are_where_the_last_inner_step_leads(held_out: HeldOut) -> None:
+    ends = end_points(SGD(0.05), held_out, range(2, 9))
+    family, sampler = held_out.split_family, replace(held_out, window=12).sampler()
+    batch = sampler(0, range(2, 9)).to_batch()
+    theta = batch.theta0
+    for k in range(12):
+        data = {name: leaf[k] for name, leaf in batch.data.items()}
+        theta = theta - 0.05 * family.losses_and_gradients(theta, batch.task, data, create_graph=False)[1]
+    torch.testing.assert_close(ends, theta, rtol=1e-5, atol=1e-6)
+    cut = end_points(SGD(0.05), replace(held_out, max_coordinates=6), range(2, 9))
+    assert torch.equal(cut, ends)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from l2l_scale.evaluation import Evaluation, evaluate, tune_baselines, validate
 from l2l_scale.evaluation.curves import HeldOut, loss_curves
+from l2l_scale.evaluation.markdown import markdown
 from l2l_scale.evaluation.plots import finite_mean, plot_curves
 from l2l_scale.evaluation.report import (
     Curves,
@@ -26,7 +27,7 @@ from l2l_scale.evaluation.report import (
     steps_to,
     summarise,
 )
-from l2l_scale.evaluation.tables import losses_table, markdown, number, shifts_table, verdict
+from l2l_scale.evaluation.tables import losses_table, number, shifts_table, verdict
 from l2l_scale.optimizers import CoordinatewiseLSTM, UpdateRule
 from l2l_scale.optimizers.classic import SGD
 from l2l_scale.rng import Split
@@ -103,6 +104,33 @@ def test_paired_statistics_are_those_of_numpy_on_the_common_tasks() -> None:
         assert part["num_finite"] == 20
 
 
+def test_steps_to_match_are_the_first_as_low_as_the_other_at_the_horizon() -> None:
+    other = torch.tensor([[9.0, 9.0, 9.0], [5.0, 4.0, torch.inf], [0.0, 0.0, 0.0]])  # @1: 5, 4, infinite
+    mine = torch.tensor([[9.0, 9.0, 9.0], [5.0, 9.0, 9.0], [0.0, 9.0, 9.0], [0.0, 4.0, 9.0]])
+    assert steps_to(mine, other[1]).tolist() == [1.0, 3.0, 0.0]
+    assert paired_report(mine, other, 1)["steps_to_match"] == 1
+    assert paired_report(mine[:, :2], other, 1)["steps_to_match"] == 2  # between the two
+    assert paired_report(mine[:3, :2], other, 1)["steps_to_match"] is None  # half of them never
+
+
+def test_tables_and_verdict_say_when_the_best_baseline_is_matched() -> None:
+    falling = torch.arange(20.0, 0.0, -1)[:, None].expand(20, 3)
+    curves = {
+        "mine": learned(falling),
+        "slow": Curves("tuned", {}, None, falling / 2 + 10),
+        "best": Curves("tuned", {}, None, falling / 2 + 6),
+        "never": Curves("tuned", {}, None, falling - 16),
+    }
+    report = summarise(FAMILY, 1, 10, {name: curves[name] for name in ("mine", "slow", "best")})
+    table = losses_table(report, 10, every_step=False)
+    cells = {row[0]: row[-1] for row in table.rows}
+    assert table.header[-1] == "matched after"
+    assert cells == {"mine": "–", "best": "9 (90 %)", "slow": "5 (50 %)"}
+    assert verdict(report, 10).endswith("As low as best @10: after 9 (90 %) inner steps (median over tasks).")
+    report = summarise(FAMILY, 1, 10, {name: curves[name] for name in ("mine", "never")})
+    assert verdict(report, 10).endswith("As low as never @10: never in the run (median over tasks).")
+
+
 def test_equal_is_not_lower_and_infinite_is_never_lower() -> None:
     a = torch.tensor([1.0, 2.0, torch.inf, torch.inf, 1.0])
     b = torch.tensor([1.0, 3.0, torch.inf, 5.0, torch.inf])
@@ -153,7 +181,7 @@ def test_the_report_is_strict_json_of_the_documented_form(whole: tuple[Any, Path
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("version",), 1, r"report.version \(1\) must be 2"),
+        (("version",), 1, r"report.version \(1\) must be 3"),
         (("horizon",), "10", r"report.horizon \('10'\)"),
         (("tests", "held-out", "optimizers", "SGD", "kind"), "best", r"SGD.kind \('best'\)"),
         (("tests", "held-out", "optimizers", "SGD", "mean", "10"), "low", r"SGD.mean.10 \('low'\)"),

@@ -4,6 +4,7 @@ from l2l_scale.tasks.architectures import random_networks
 from l2l_scale.tasks.augmentation import Augmentation
 from l2l_scale.tasks.base import Arrays, TaskFamily, Tensors
 from l2l_scale.tasks.compiled import CompiledFamily
+from l2l_scale.tasks.convolution import ConvClassifier
 from l2l_scale.tasks.image import ImageClassifier
 from l2l_scale.tasks.mixture import Member, Mixture
 from l2l_scale.tasks.module import ModuleTask
@@ -16,6 +17,7 @@ __all__ = [
     "Arrays",
     "Augmentation",
     "CompiledFamily",
+    "ConvClassifier",
     "ImageClassifier",
     "Member",
     "MixedPrecision",

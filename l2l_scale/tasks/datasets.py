@@ -170,8 +170,8 @@ def _select(place: str, split: Split, labels: Labels) -> _Selected:
         for number, label in enumerate(labels):
             if label >= source.classes or not (numbers == label).any():
                 raise ValueError(
-                    f"labels ({list(labels)}) must be labels of dataset {place}, 0 … {source.classes - 1}, but "
-                    f"{label} has no images in its split {split.name}"
+                    f"labels ({list(labels)}) must be labels of dataset {place}, 0 … {source.classes - 1}, "
+                    f"but {label} has no images in its split {split.name}"
                 )
             new[label] = number
         rows = rows[new[numbers] >= 0]

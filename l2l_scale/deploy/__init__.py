@@ -2,6 +2,7 @@
 
 from l2l_scale.deploy.description import build_rule, classes_of, describe_rule
 from l2l_scale.deploy.files import load_rule, read_header, save_rule
+from l2l_scale.deploy.kinds import parameter_groups
 from l2l_scale.deploy.torch_optim import LearnedOptimizer
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "classes_of",
     "describe_rule",
     "load_rule",
+    "parameter_groups",
     "read_header",
     "save_rule",
 ]

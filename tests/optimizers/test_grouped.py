@@ -185,7 +185,7 @@ def test_slots_that_diverge_do_not_spoil_the_others(double):
 
 
 def test_drawn_coordinates_give_the_whole_gradient_in_the_mean(double):
-    family, rule = Quadratic(dimension=6, theta0_scale=1.0), None
+    family = Quadratic(dimension=6, theta0_scale=1.0)
     spec = FlatSpec(tuple(Segment(name, (3,), name) for name in ("weights", "rest")))
     rule = two_rules({"weights": ["weights"], "rest": ["*"]})
     bound = accelerate(rule.for_spec(spec), "fused", CPU, torch.float64).rule

@@ -93,7 +93,7 @@ def log_reports(
     for run in wandb_runs(loggers):
         run.begin()
         for name, (report, folder) in reports.items():
-            suffix, dash = (f"/{name}", f"-{name}") if name else ("", "")
+            suffix, dash = (f"/{name}", f"-{name.replace('/', '-')}") if name else ("", "")
             run.log_image(f"evaluation/curves{suffix}", [str(folder / "curves.png")], meta_steps)
             run.log_table(f"evaluation/losses{suffix}", *losses_in_numbers(report), step=meta_steps)
             run.log_files(f"evaluation{dash}", [folder / "report.json"])

@@ -16,6 +16,8 @@ COMMANDS = {
     "export": "write the rule of a checkpoint as a file for LearnedOptimizer",
     "memory": "predict the memory that meta-training with a config needs",
     "runs": "list run folders with state, last meta-step and best value",
+    "reproduce": "train, evaluate and draw an experiment of the paper or a pretrained rule",
+    "pretrained": "list, show, pack, push and pull rules that are ready to be used",
     "slurm": "submit a meta-training to Slurm",
 }
 

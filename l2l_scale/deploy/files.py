@@ -24,6 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from l2l_scale.deploy.description import build_rule, classes_of, describe_rule
+from l2l_scale.deploy.pretrained import find_rule
 from l2l_scale.files import write_atomically
 from l2l_scale.optimizers.base import UpdateRule
 
@@ -68,14 +69,16 @@ def load_rule(path: str | Path, classes: Sequence[type] = ()) -> UpdateRule:
     """Build the rule that a file holds: on the CPU, bit for bit, in the precision it was saved in.
 
     Args:
-        path: written by :func:`save_rule` or ``l2l-scale export``.
+        path: a file written by :func:`save_rule` or ``l2l-scale export``, a folder with a
+            ``rule.safetensors``, or the name of a rule that comes with the package
+            (``l2l-scale pretrained`` lists them).
         classes: your own classes that the rule is made of; the package's are known.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is no rule file, is damaged, is of a newer version or names an unknown class.
     """
-    header, tensors = _read(Path(path))
+    header, tensors = _read(find_rule(path))
     try:
         return build_rule(header["rule"], tensors, classes)
     except ValueError as error:
@@ -89,17 +92,11 @@ def read_header(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: if there is no such file.
         ValueError: if it is no rule file, is damaged or is of a newer version.
     """
-    return _read(Path(path))[0]
+    return _read(find_rule(path))[0]
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return a file's header and tensors, checked."""
-    if path.is_dir():
-        raise ValueError(
-            f"{path} is a folder, not a rule file; `l2l-scale export` makes one of a run or a checkpoint"
-        )
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no rule file {path}; `l2l-scale export` writes one")
     try:
         with safe_open(path, framework="pt") as file:
             texts = file.metadata() or {}

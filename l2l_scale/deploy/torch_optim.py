@@ -20,7 +20,9 @@ from torch.optim.optimizer import ParamsT
 from l2l_scale.checks import check_positive
 from l2l_scale.deploy.coordinates import Layout, flatten, gradient_of, layout_of, mask, read, write
 from l2l_scale.deploy.files import load_rule
+from l2l_scale.deploy.guard import Guard, Watch, look
 from l2l_scale.deploy.kinds import KINDS, bind, guess_kinds, is_grouped
+from l2l_scale.deploy.optimizer_state import fitted, key_of
 from l2l_scale.optimizers.backend import Backend, accelerate, check_backend, check_fusable
 from l2l_scale.optimizers.base import UpdateRule
 from l2l_scale.optimizers.network_rule import NetworkRule
@@ -43,10 +45,15 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     Args:
         params: as for every torch optimizer: tensors, named tensors, or groups of them with their own ``lr``.
-        rule: a rule, or the path of a rule file.
+        rule: a rule, the path of a rule file, or the name of a rule that comes with the package, such as
+            "general-lstm".
         lr: factor on the update; learning-rate schedulers change it. Learned rules know their own step
             sizes, so it is 1 unless there is a reason.
         backend: how the rule is computed, see :data:`l2l_scale.optimizers.backend.Backend`.
+        guard: goes back and on with smaller steps where the rule runs away on a problem that it does not
+            know, see :class:`~l2l_scale.deploy.Guard`; True is one with its defaults, False none. If not
+            given, there is one for learned rules on a CPU, where it costs next to nothing (on a GPU it waits
+            for two numbers in every step), unless they have safeguards of their own.
 
     Raises:
         FileNotFoundError: if the rule file does not exist.
@@ -57,9 +64,16 @@ class LearnedOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: ParamsT, rule: UpdateRule | str | Path, lr: float = 1.0, backend: Backend = "auto"
+        self,
+        params: ParamsT,
+        rule: UpdateRule | str | Path,
+        lr: float = 1.0,
+        backend: Backend = "auto",
+        guard: Guard | bool | None = None,
     ) -> None:
         check_backend(backend)
+        if not isinstance(guard, (Guard, bool, type(None))):
+            raise ValueError(f"guard ({guard!r}) must be a Guard, True, False or None")
         loaded = load_rule(rule) if isinstance(rule, (str, Path)) else rule
         if not isinstance(loaded, UpdateRule):
             raise ValueError(f"rule ({type(rule).__name__}) must be an UpdateRule or the path of a rule file")
@@ -69,7 +83,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if isinstance(loaded, NetworkRule):
             loaded = loaded.for_one_group()  # a parameter group is a problem here, whatever it was bound to
         self.rule = copy.deepcopy(loaded).requires_grad_(False).eval()
-        self.backend = backend
+        self.backend, self.guard = backend, guard
         self._forget_derived()
         super().__init__(params, {"lr": lr})
 
@@ -114,11 +128,16 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         for index, group in enumerate(self.param_groups):
             if any(param.grad is not None for param in group["params"]):
-                self._step_group(_key(index), group)
+                self._step_group(key_of(index), group, loss)
         return loss
 
+    @property
+    def alarms(self) -> int:
+        """How often a guard went back so far, over all groups."""
+        return sum(entry["guard"]["alarms"] for entry in self.state.values() if "guard" in entry)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "rule": self.rule, "backend": self.backend}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in _KEPT}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take up a state: the one door of ``load_state_dict``, pickle and deepcopy.
@@ -126,10 +145,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: if the state is of another rule or of other parameters; nothing has changed then.
         """
-        # load_state_dict passes no rule and no backend
-        state = {"rule": self.__dict__.get("rule"), "backend": self.__dict__.get("backend"), **state}
-        fitted = _fitted(state["state"], state["param_groups"], state["rule"])
-        super().__setstate__({**state, "state": fitted})
+        # load_state_dict passes neither rule nor backend nor guard
+        state = {**{name: self.__dict__.get(name) for name in _KEPT}, **state}
+        state_of_rule = fitted(state["state"], state["param_groups"], state["rule"])
+        super().__setstate__({**state, "state": state_of_rule})
         self._forget_derived()
 
     def _forget_derived(self) -> None:
@@ -138,21 +157,41 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._structures: dict[str, Tree] = {}
         self._grouped = is_grouped(self.rule)
 
-    def _step_group(self, key: str, group: Mapping[str, Any]) -> None:
+    def _step_group(self, key: str, group: Mapping[str, Any], loss: float | None) -> None:
         """One inner step on one problem."""
         params: Sequence[Tensor] = group["params"]
         layout = layout_of(params)
         rule = self._rule_for(key, group, layout)
         grad = flatten([gradient_of(param) for param in params], layout.dtype)
         theta = read(params, layout.dtype, self.state[key].get("theta"))
+        watch = self._watch(key, layout, theta)
         with torch.autocast(layout.device.type, enabled=False):
             update, state = rule(grad, theta, self._rule_state(key, rule, theta))
         _check_update(rule, update, theta)
-        theta = theta + mask(group["lr"] * update, params)
+        back = None if watch is None else look(watch, theta, grad, update, loss)
+        if back is not None:
+            theta, state = back, rule.init_state(back)
+        else:
+            scale = group["lr"] if watch is None else group["lr"] * watch.scale
+            theta = theta + mask(scale * update, params)
         write(theta, params)
         self.state[key] = {"rule": type(self.rule).__name__, "leaves": tree_leaves(state)}
+        if watch is not None:
+            self.state[key]["guard"] = watch.state()
         if any(param.dtype != layout.dtype for param in params):
             self.state[key]["theta"] = theta  # the master copy
+
+    def _watch(self, key: str, layout: Layout, theta: Tensor) -> Watch | None:
+        """What the guard knows of a group, if there is one."""
+        guard = self.guard
+        if guard is None:
+            known = not self.rule.safeguarded and any(True for _ in self.rule.parameters())
+            guard = known and layout.device.type == "cpu"
+        if guard is False:
+            return None
+        guard = Guard() if guard is True else guard
+        kept = self.state[key].get("guard")
+        return Watch.at(guard, theta) if kept is None else Watch(guard, **kept)
 
     def _rule_for(self, key: str, group: Mapping[str, Any], layout: Layout) -> UpdateRule:
         """The rule for a group on its device, in the precision that it works in there."""
@@ -172,13 +211,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         return tree_unflatten(self.state[key]["leaves"], self._structures[key])
 
 
-def _key(index: int) -> str:
-    """Return where a group's state lies in ``Optimizer.state``.
-
-    A string, because torch casts what lies under a parameter to the parameter's precision when it loads.
-    An entry holds plain lists of tensors, so that ``torch.load(weights_only=True)`` reads it.
-    """
-    return f"group {index}"
+_KEPT = ("rule", "backend", "guard")
+"""What is the optimizer's own, besides what torch keeps."""
 
 
 def _check_update(rule: UpdateRule, update: Tensor, theta: Tensor) -> None:
@@ -187,30 +221,3 @@ def _check_update(rule: UpdateRule, update: Tensor, theta: Tensor) -> None:
             f"{type(rule).__name__} gave an update of shape {tuple(update.shape)} for one problem of shape "
             f"{tuple(theta.shape)}; a rule in use needs single hyper-parameters, not one value per slot"
         )
-
-
-def _fitted(state: Mapping[Any, Any], groups: Sequence[dict[str, Any]], rule: UpdateRule) -> dict[Any, Any]:
-    """A loaded optimizer state, checked, on the devices and in the precision of the groups."""
-    by_key = {_key(index): group for index, group in enumerate(groups)}
-    if not state.keys() <= by_key.keys():
-        raise ValueError("the state dict was not written by a LearnedOptimizer with these parameter groups")
-    with torch.no_grad():
-        fitted = {key: _fitted_entry(entry, by_key[key], rule) for key, entry in state.items() if entry}
-    return defaultdict(dict, fitted)
-
-
-def _fitted_entry(entry: Mapping[str, Any], group: Mapping[str, Any], rule: UpdateRule) -> dict[str, Any]:
-    """One group's part of :func:`_fitted`."""
-    device, dtype = layout_of(group["params"])
-    theta = flatten(group["params"], dtype)
-    like = tree_leaves(bind(rule, group).init_state(theta))
-    shapes, expected = [leaf.shape for leaf in entry["leaves"]], [leaf.shape for leaf in like]
-    if entry["rule"] != type(rule).__name__ or shapes != expected:
-        raise ValueError(
-            f"the state dict is of another rule or of other parameters: it has a {entry['rule']} with "
-            f"tensors of shapes {[tuple(s) for s in shapes]}, but a {type(rule).__name__} here needs "
-            f"{[tuple(s) for s in expected]}"
-        )
-    leaves = [leaf.to(device, own.dtype) for leaf, own in zip(entry["leaves"], like, strict=True)]
-    fitted = {"rule": entry["rule"], "leaves": leaves}
-    return {**fitted, "theta": entry["theta"].to(theta)} if "theta" in entry else fitted

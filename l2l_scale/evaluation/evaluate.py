@@ -18,6 +18,7 @@ from rich.progress import Progress
 from l2l_scale.cores import one_thread
 from l2l_scale.evaluation.entrants import Trial, entrants_of, plan_tests, run_all, tune_all
 from l2l_scale.evaluation.jobs import Runner, progress_display
+from l2l_scale.evaluation.panels import plot_tests
 from l2l_scale.evaluation.plots import plot_curves
 from l2l_scale.evaluation.report import Curves, summarise, write_json
 from l2l_scale.evaluation.schema import VERSION, Report
@@ -68,7 +69,7 @@ def evaluate(
         results = run_all(tests, entrants, runner)
         report = _report(tests, results, horizon, settings, runner, time.perf_counter() - start)
         if out is not None:
-            _write(report, results[0], out)
+            _write(report, results, out)
     if not silent:
         _print(report)
     return report
@@ -135,15 +136,17 @@ def _report(
     }
 
 
-def _write(report: Report, curves: dict[str, Curves], out: Path) -> None:
-    """Write the three files."""
+def _write(report: Report, results: list[dict[str, Curves]], out: Path) -> None:
+    """Write report.json, report.md and the pictures."""
     out.mkdir(parents=True, exist_ok=True)
     write_json(report, out / "report.json")
     (out / "report.md").write_text(markdown(report), encoding="utf-8")
     test = report["tests"][HELD_OUT]
-    plot_curves(
-        curves, report["horizon"], f"{test['num_tasks']} held-out tasks", test["family"], out / "curves.png"
-    )
+    title = f"{test['num_tasks']} held-out tasks"
+    plot_curves(results[0], report["horizon"], title, test["family"], out / "curves.png")
+    if len(results) > 1:
+        named = dict(zip(report["tests"], results, strict=True))
+        plot_tests(named, report["horizon"], out / "tests.png")
 
 
 def _print(report: Report) -> None:

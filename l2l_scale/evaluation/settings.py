@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,8 +29,11 @@ class Evaluation:
             are slow; 0 leaves them out. Families with minibatches never have them.
         num_shift_tasks: held-out tasks of every shifted distribution.
         num_shift_tuning_tasks: tasks of every shifted distribution that baselines are tuned on.
-        inner_steps: length of the run; five horizons if not given.
-        shift_inner_steps: the same on shifted distributions; two horizons if not given.
+        horizons: inner steps that baselines are tuned for and optimizers are compared at; several give a
+            report each. The horizon of meta-training if not given.
+        inner_steps: length of the run; five horizons if not given, and as long as each of several.
+        shift_inner_steps: the same on shifted distributions; two horizons if not given, and as long as
+            each of several.
         test_seed: of the held-out tasks. Splits never share tasks, whatever the seeds.
         tuning_seed: of the tuning tasks.
         shifts: shifted distributions by name.
@@ -52,6 +55,7 @@ class Evaluation:
     num_reference_tasks: int = 256
     num_shift_tasks: int = 1024
     num_shift_tuning_tasks: int = 1024
+    horizons: list[int] | None = None
     inner_steps: int | None = None
     shift_inner_steps: int | None = None
     test_seed: int = 0
@@ -72,6 +76,8 @@ class Evaluation:
         given = [name for name in optional if getattr(self, name) is not None]
         for name in (*positive, "window", "max_coordinates", *given):
             check_count(name, getattr(self, name))
+        for horizon in self.horizons or ():
+            check_count("horizons", horizon)
         check_count("num_reference_tasks", self.num_reference_tasks, least=0)
         choose_baselines(self.baselines)
         check_backend(self.backend)
@@ -79,6 +85,19 @@ class Evaluation:
             raise ValueError(
                 f"shifts must not be called {HELD_OUT!r}, the name of the family of meta-training"
             )
+
+    def each_horizon(self, horizon: int) -> dict[int, Evaluation]:
+        """The settings for each of the horizons; ``horizon`` is that of meta-training."""
+        if self.horizons is None or len(self.horizons) == 1:
+            return {(self.horizons or [horizon])[0]: self}
+        return {
+            each: replace(
+                self,
+                inner_steps=self.inner_steps or each,
+                shift_inner_steps=self.shift_inner_steps or each,
+            )
+            for each in self.horizons
+        }
 
     @property
     def cache_path(self) -> Path | None:

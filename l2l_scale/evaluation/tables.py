@@ -186,7 +186,9 @@ def markdown(report: Report) -> str:
         parts += [f"## {name}", f"`{test['family']}`", verdict(test, horizon)]
         parts.append(_markdown_table(losses_table(test, horizon, every_step=i == 0)))
         if i == 0:
-            parts += ["![curves](curves.png)", "### Hyper-parameters", _markdown_table(tuning_table(test))]
+            pictures = ["curves", "tests"] if len(report["tests"]) > 1 else ["curves"]
+            parts += [f"![{name}]({name}.png)" for name in pictures]
+            parts += ["### Hyper-parameters", _markdown_table(tuning_table(test))]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     parts.append(
         f"Wall time {report['wall_seconds']:.0f} s, CPU time {report['cpu_seconds']:.0f} s on "
@@ -194,6 +196,17 @@ def markdown(report: Report) -> str:
         f"{report['tuning_seed']}. {versions}."
     )
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def markdown_summary(report: Report) -> str:
+    """What a model card says of a report: the table of the first test, and one sentence on each."""
+    horizon, tests = report["horizon"], report["tests"]
+    table = _markdown_table(losses_table(next(iter(tests.values())), horizon, every_step=True))
+    lines = [
+        f"- **{name}** ({test['num_tasks']} tasks, `{test['family']}`): {verdict(test, horizon)}"
+        for name, test in tests.items()
+    ]
+    return "\n".join([table, "", *lines])
 
 
 _MARKDOWN_HEAD = """# Evaluation

@@ -28,6 +28,9 @@ class UpdateRule(nn.Module, ABC):
     that a rule can be written to a file and built again.
     """
 
+    safeguarded = False
+    """Whether the rule itself returns from steps that went wrong, so that no guard is needed around it."""
+
     @abstractmethod
     def init_state(self, theta: Tensor) -> Tree:
         """State before the first inner step at ``theta`` (*, N)."""

@@ -92,6 +92,8 @@ class SteeredMemory(NetworkRule):
         ValueError: if a number or choice is out of range.
     """
 
+    safeguarded = True
+
     def __init__(
         self,
         hidden_size: int = 20,

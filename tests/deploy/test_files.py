@@ -233,7 +233,7 @@ def test_newer_version(saved):
 
 
 def test_folder_by_mistake(tmp_path):
-    with pytest.raises(ValueError, match=r"is a folder, not a rule file.*l2l-scale export"):
+    with pytest.raises(ValueError, match=r"is a folder without a rule.safetensors.*l2l-scale export"):
         load_rule(tmp_path)
 
 

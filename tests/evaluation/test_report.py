@@ -145,8 +145,9 @@ def test_the_report_is_strict_json_of_the_documented_form(whole: tuple[Any, Path
     read = json.loads((out / "report.json").read_text(encoding="utf-8"), parse_constant=refuse)
     assert read == report
     validate(read)
-    assert {path.name for path in out.iterdir()} == {"report.json", "report.md", "curves.png"}
+    assert {path.name for path in out.iterdir()} == {"report.json", "report.md", "curves.png", "tests.png"}
     assert (out / "curves.png").stat().st_size > 10_000
+    assert (out / "tests.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(

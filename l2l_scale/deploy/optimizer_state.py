@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from l2l_scale.deploy.coordinates import flatten, layout_of
 from l2l_scale.deploy.guard import POINTS
+from l2l_scale.deploy.kinds import bind
 from l2l_scale.optimizers.base import UpdateRule
 from l2l_scale.tree import tree_leaves
 
@@ -26,19 +26,19 @@ def key_of(index: int) -> str:
 
 def fitted(state: Mapping[Any, Any], groups: Sequence[dict[str, Any]], rule: UpdateRule) -> dict[Any, Any]:
     """A loaded optimizer state, checked, on the devices and in the precision of the groups."""
-    params = {key_of(index): group["params"] for index, group in enumerate(groups)}
-    if not state.keys() <= params.keys():
+    by_key = {key_of(index): group for index, group in enumerate(groups)}
+    if not state.keys() <= by_key.keys():
         raise ValueError("the state dict was not written by a LearnedOptimizer with these parameter groups")
     with torch.no_grad():
-        entries = {key: _fitted_entry(entry, params[key], rule) for key, entry in state.items() if entry}
+        entries = {key: _fitted_entry(entry, by_key[key], rule) for key, entry in state.items() if entry}
     return defaultdict(dict, entries)
 
 
-def _fitted_entry(entry: Mapping[str, Any], params: Sequence[Tensor], rule: UpdateRule) -> dict[str, Any]:
+def _fitted_entry(entry: Mapping[str, Any], group: Mapping[str, Any], rule: UpdateRule) -> dict[str, Any]:
     """One group's part of :func:`fitted`."""
-    device, dtype = layout_of(params)
-    theta = flatten(params, dtype)
-    like = tree_leaves(rule.init_state(theta))
+    device, dtype = layout_of(group["params"])
+    theta = flatten(group["params"], dtype)
+    like = tree_leaves(bind(rule, group).init_state(theta))
     shapes, expected = [leaf.shape for leaf in entry["leaves"]], [leaf.shape for leaf in like]
     if entry["rule"] != type(rule).__name__ or shapes != expected:
         raise ValueError(

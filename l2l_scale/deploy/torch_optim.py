@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -21,6 +21,7 @@ from l2l_scale.checks import check_positive
 from l2l_scale.deploy.coordinates import Layout, flatten, gradient_of, layout_of, mask, read, write
 from l2l_scale.deploy.files import load_rule
 from l2l_scale.deploy.guard import Guard, Watch, look
+from l2l_scale.deploy.kinds import KINDS, bind, guess_kinds, is_grouped
 from l2l_scale.deploy.optimizer_state import fitted, key_of
 from l2l_scale.optimizers.backend import Backend, accelerate, check_backend, check_fusable
 from l2l_scale.optimizers.base import UpdateRule
@@ -34,6 +35,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
     The rule is copied and frozen. It works in float32 for parameters of lower precision, which then have a
     float32 master copy in the optimizer's state: small updates add up instead of being rounded away. It
     works in float64 if any parameter of the group is float64.
+
+    A rule with several groups (:class:`~l2l_scale.optimizers.Grouped`) tells them apart by kinds and names of
+    parameters. :func:`~l2l_scale.deploy.parameter_groups` says exactly what they are in a model; named
+    parameters give their names; and what is not known is guessed from the number of dimensions.
 
     Parameters without a gradient are left exactly as they are (the rule sees a zero gradient there); a
     group in which none has a gradient is skipped.
@@ -53,7 +58,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     Raises:
         FileNotFoundError: if the rule file does not exist.
         ValueError: if there are no parameters, a parameter is complex or of integers, a group lies on several
-            devices, lr is negative or not finite, the rule is none,
+            devices, lr is negative or not finite, the rule is none or has no pattern for a parameter,
             or the backend cannot compute it; later, if the precision is not the backend's, or a gradient is
             sparse.
     """
@@ -93,6 +98,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         check_positive("lr", added["lr"], zero=True)
         if added["params"]:
             layout_of(added["params"])
+            if self._grouped:  # what it is guessed to be now, it is in every state dict
+                added.setdefault(KINDS, guess_kinds(added["params"], added.get("param_names", ())))
+                bind(self.rule, added)
         self.param_groups.append(added)
 
     @overload
@@ -120,7 +128,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         for index, group in enumerate(self.param_groups):
             if any(param.grad is not None for param in group["params"]):
-                self._step_group(key_of(index), group["params"], group["lr"], loss)
+                self._step_group(key_of(index), group, loss)
         return loss
 
     @property
@@ -145,13 +153,15 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def _forget_derived(self) -> None:
         """Start the caches: copies of the rule, and the structures of the rule's states."""
-        self._copies: dict[Layout, UpdateRule] = {}
+        self._copies: dict[tuple[Layout, str], UpdateRule] = {}
         self._structures: dict[str, Tree] = {}
+        self._grouped = is_grouped(self.rule)
 
-    def _step_group(self, key: str, params: Sequence[Tensor], lr: float, loss: float | None) -> None:
+    def _step_group(self, key: str, group: Mapping[str, Any], loss: float | None) -> None:
         """One inner step on one problem."""
+        params: Sequence[Tensor] = group["params"]
         layout = layout_of(params)
-        rule = self._rule_for(layout)
+        rule = self._rule_for(key, group, layout)
         grad = flatten([gradient_of(param) for param in params], layout.dtype)
         theta = read(params, layout.dtype, self.state[key].get("theta"))
         watch = self._watch(key, layout, theta)
@@ -162,7 +172,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if back is not None:
             theta, state = back, rule.init_state(back)
         else:
-            scale = lr if watch is None else lr * watch.scale
+            scale = group["lr"] if watch is None else group["lr"] * watch.scale
             theta = theta + mask(scale * update, params)
         write(theta, params)
         self.state[key] = {"rule": type(self.rule).__name__, "leaves": tree_leaves(state)}
@@ -183,12 +193,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
         kept = self.state[key].get("guard")
         return Watch.at(guard, theta) if kept is None else Watch(guard, **kept)
 
-    def _rule_for(self, layout: Layout) -> UpdateRule:
-        """The rule on a group's device, in the precision that it works in there."""
-        if layout not in self._copies:
-            own = copy.deepcopy(self.rule).to(layout.device, layout.dtype)
-            self._copies[layout] = accelerate(own, self.backend, layout.device, layout.dtype).rule
-        return self._copies[layout]
+    def _rule_for(self, key: str, group: Mapping[str, Any], layout: Layout) -> UpdateRule:
+        """The rule for a group on its device, in the precision that it works in there."""
+        wanted = layout, key if self._grouped else ""  # others are the same for all groups
+        if wanted not in self._copies:
+            own = bind(copy.deepcopy(self.rule).to(layout.device, layout.dtype), group)
+            self._copies[wanted] = accelerate(own, self.backend, layout.device, layout.dtype).rule
+        return self._copies[wanted]
 
     def _rule_state(self, key: str, rule: UpdateRule, theta: Tensor) -> Tree:
         """The rule's state for a group as the tree that the rule knows; a new one before the first step."""

@@ -24,7 +24,8 @@ class TruncatedBPTT(GradientEstimator):
             paper's choice; it is cheaper and needs no second derivatives of the task.
         meta_loss: what is minimised; the sum of the losses if not given.
         coordinates: backpropagate through so many coordinates, drawn by importance, instead of all: for very
-            large optimizees, in first order, with a fused backend. The estimate stays unbiased.
+            large optimizees, in first order, with a fused backend. The estimate stays unbiased. Of a
+            grouped rule, every rule draws so many of its own.
 
     Raises:
         ValueError: if coordinates is not a whole number of at least 1, or given together with second_order.

@@ -82,11 +82,11 @@ class HeldOut:
         self.split_family.prepare(torch.device(self.device))
 
     def accelerate(self, rule: UpdateRule) -> UpdateRule:
-        """The rule as the backend computes it; classic rules are left as they are."""
+        """The rule for these tasks as the backend computes it; classic rules are computed as they are."""
+        bound = rule.for_spec(self.family.spec)
         for parameter in rule.parameters():
-            bound = rule.for_spec(self.family.spec)
             return accelerate(bound, self.backend, torch.device(self.device), parameter.dtype).rule
-        return rule
+        return bound
 
     def sampler(self) -> WindowSampler:
         """Draws the windows; it remembers the tasks that it drew.

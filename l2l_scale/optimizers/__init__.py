@@ -14,6 +14,7 @@ from l2l_scale.optimizers.features import (
     LogSignClamp,
     RNNprop,
 )
+from l2l_scale.optimizers.grouped import Grouped
 from l2l_scale.optimizers.heads import Head, ScaledLinear, TanhExp
 from l2l_scale.optimizers.recurrent import CoordinatewiseGRU, CoordinatewiseRNN
 from l2l_scale.optimizers.schedules import CosineSchedule, ExponentialSchedule, RateSchedule, Scheduled
@@ -34,6 +35,7 @@ __all__ = [
     "ExponentialSchedule",
     "Feature",
     "GlobalAveraging",
+    "Grouped",
     "Head",
     "HeavyBall",
     "Identity",

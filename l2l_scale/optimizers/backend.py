@@ -12,6 +12,7 @@ from torch import Tensor
 from l2l_scale.optimizers.base import UpdateRule
 from l2l_scale.optimizers.coordinatewise import CoordinatewiseLSTM
 from l2l_scale.optimizers.fused import FusedRule
+from l2l_scale.optimizers.grouped import BoundGroups, Grouped
 from l2l_scale.optimizers.kernels import KernelUnavailableError, UnsupportedRuleError, make_kernel, program_of
 from l2l_scale.optimizers.kernels.cell import check_cells, fused_cells
 from l2l_scale.optimizers.network_rule import NetworkRule
@@ -64,7 +65,7 @@ def accelerate(rule: UpdateRule, backend: Backend, device: torch.device, dtype: 
     """Return the rule as the backend computes it.
 
     Args:
-        rule: any rule; it must be on the device already.
+        rule: any rule, bound to the parameters of a task; it must be on the device already.
         backend: what to use.
         device: where it will run.
         dtype: of θ.
@@ -75,6 +76,10 @@ def accelerate(rule: UpdateRule, backend: Backend, device: torch.device, dtype: 
         KernelUnavailableError: if a fused backend was asked for and its kernel cannot be built here.
     """
     check_backend(backend)
+    if isinstance(rule, BoundGroups):
+        parts = {name: accelerate(part, backend, device, dtype) for name, part in rule.parts.items()}
+        description = ", ".join(f"{name}: {part.description}" for name, part in parts.items())
+        return Accelerated(rule.computed_by({name: part.rule for name, part in parts.items()}), description)
     if backend == "eager":
         return Accelerated(rule, "eager")
     if backend == "compiled":
@@ -116,7 +121,10 @@ def is_whole(rule: UpdateRule) -> bool:
 
 def check_fusable(rule: UpdateRule) -> None:
     """Raise ``UnsupportedRuleError`` if no kernel computes this rule, whatever the device."""
-    if isinstance(rule, NetworkRule) and not is_whole(rule):
+    if isinstance(rule, Grouped):
+        for part in rule.rules.values():
+            check_fusable(cast("UpdateRule", part))
+    elif isinstance(rule, NetworkRule) and not is_whole(rule):
         check_cells(rule.computing, rule.hidden_size)
     else:
         program_of(rule)

@@ -79,7 +79,7 @@ class TwoPhaseRule(UpdateRule):
         """Phase 2: the losses of a window again, (K, S), now differentiable in φ.
 
         Args:
-            losses: f(θ_1) … f(θ_K), (K, S), without graph.
+            losses: f(θ_1) … f(θ_K), (K, S); a graph that they have goes on.
             grads: ∇f(θ_0) … ∇f(θ_K), (K + 1, S, N): what entered the rule, and the last one.
             state: at the start of the window.
             frozen: (S,) slots that contribute no gradient.

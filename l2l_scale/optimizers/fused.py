@@ -86,7 +86,7 @@ class FusedRule(TwoPhaseRule):
     ) -> Tensor:
         """∂L/∂φ, flat, for ∂L/∂losses (K, S); see :meth:`window_losses`."""
         steps, shape = len(d_losses), grads.shape[1:]
-        flat = grads.reshape(steps + 1, -1)
+        flat = grads.reshape(steps + 1, -1).contiguous()
         if draw is None:
             return self.kernel.window_gradient(weights, flat, d_losses, self._pack(shape, state))
         chosen, factors = draw(sizes(d_losses, grads))
@@ -119,7 +119,7 @@ class _Step(torch.autograd.Function):
 
 
 class _Window(torch.autograd.Function):
-    """(φ, values of the losses) -> losses, with phase 2 as derivative."""
+    """(φ, losses) -> losses, with phase 2 as derivative in φ."""
 
     @staticmethod
     def forward(
@@ -140,7 +140,8 @@ class _Window(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_losses: Tensor) -> tuple[Tensor | None, ...]:
         weights, grads = ctx.saved_tensors
+        passed_on = d_losses if ctx.needs_input_grad[2] else None
         if ctx.frozen is not None:
             d_losses = d_losses.masked_fill(ctx.frozen, 0.0)
         d_weights = ctx.rule.window_gradient(weights, d_losses.contiguous(), grads, ctx.state, ctx.draw)
-        return None, d_weights, None, None, None, None, None
+        return None, d_weights, passed_on, None, None, None, None

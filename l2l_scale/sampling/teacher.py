@@ -52,14 +52,15 @@ class Teacher:
         family.prepare(torch.device("cpu"))
         with one_thread(), torch.no_grad():
             theta, constants = _one_slot(theta0), {name: _one_slot(leaf) for name, leaf in task.items()}
-            state, losses, points = self.rule.init_state(theta), [], []
+            rule = self.rule.for_spec(family.spec)
+            state, losses, points = rule.init_state(theta), [], []
             for step, minibatch in enumerate(minibatches):
                 data: Tensors = {name: _one_slot(leaf) for name, leaf in minibatch.items()}
                 loss, grad = family.losses_and_gradients(theta, constants, data, create_graph=False)
                 losses.append(loss)
                 points.append(theta)
                 if step + 1 < len(minibatches):
-                    update, state = self.rule(grad, theta, state)
+                    update, state = rule(grad, theta, state)
                     theta, state = theta + update, tree_map(lambda leaf: leaf.detach(), state)
         taught = {"losses": torch.cat(losses[1:]).numpy()}
         return {**taught, "theta": torch.cat(points).numpy()} if self.iterates else taught

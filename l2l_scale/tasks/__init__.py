@@ -4,6 +4,7 @@ from l2l_scale.tasks.architectures import random_networks
 from l2l_scale.tasks.augmentation import Augmentation
 from l2l_scale.tasks.base import Arrays, TaskFamily, Tensors
 from l2l_scale.tasks.compiled import CompiledFamily
+from l2l_scale.tasks.convolution import ConvClassifier
 from l2l_scale.tasks.extractor import Extractor
 from l2l_scale.tasks.image import ImageClassifier
 from l2l_scale.tasks.mixture import Member, Mixture
@@ -18,6 +19,7 @@ __all__ = [
     "Arrays",
     "Augmentation",
     "CompiledFamily",
+    "ConvClassifier",
     "Extractor",
     "ImageClassifier",
     "Member",

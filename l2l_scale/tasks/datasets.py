@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -56,6 +56,17 @@ class _Part(NamedTuple):
     """From rows (M,) to their pixels, (M, C, H, W)."""
 
 
+class _Selected(NamedTuple):
+    """Some rows of a part."""
+
+    decode: Callable[[np.ndarray], np.ndarray]
+    """The part's."""
+    rows: np.ndarray
+    """(M,) in the part."""
+    labels: np.ndarray
+    """(M,) int64, theirs, numbered anew if only some labels were chosen."""
+
+
 class _Source(NamedTuple):
     train: _Part
     test: _Part | None
@@ -63,26 +74,32 @@ class _Source(NamedTuple):
     white: int
 
 
-def describe_images(name: str, split: Split) -> ImageInfo:
+Labels: TypeAlias = "tuple[int, ...] | None"
+"""The only labels whose images are taken, and which become 0, 1, … in this order; None takes all."""
+
+
+def describe_images(name: str, split: Split, labels: Labels = None) -> ImageInfo:
     """Describe a split without decoding it. Arguments and errors as in :func:`load_images`."""
-    return _describe(_locate(name), split)
+    return _describe(_locate(name), split, labels)
 
 
-def load_images(name: str, split: Split) -> Images:
+def load_images(name: str, split: Split, labels: Labels = None) -> Images:
     """Load the images of a split.
 
     Args:
         name: "digits"; "mnist", "cifar10" or another name on the Hugging Face Hub; or a local folder that
             `datasets.load_dataset` reads. A folder $L2L_SCALE_DATA/<last part of the name> goes before all.
         split: which images, see :func:`split_rows`.
+        labels: which of them.
 
     Raises:
-        ValueError: if there is no such folder, the Hub is out of reach, or a column is missing.
+        ValueError: if there is no such folder, the Hub is out of reach, a column is missing, or a label has
+            no images.
     """
-    return _load(_locate(name), split)
+    return _load(_locate(name), split, labels)
 
 
-def decode_images(name: str, split: Split, index: np.ndarray) -> Images:
+def decode_images(name: str, split: Split, index: np.ndarray, labels: Labels = None) -> Images:
     """Decode some images of a split, anew at every call: only labels are kept in memory, never pixels.
 
     From 30 µs per image of MNIST on an idle core, most of it in Pillow. Errors as in :func:`load_images`.
@@ -91,11 +108,11 @@ def decode_images(name: str, split: Split, index: np.ndarray) -> Images:
         name: as there.
         split: as there.
         index: (M,) numbers of images in the split; they may repeat, and come in any order.
+        labels: as there.
     """
     place = _locate(name)
-    part, rows = _select(place, split)
-    chosen = rows[index]
-    return Images(part.decode(chosen), part.labels[chosen], _open(place).white)
+    chosen = _select(place, split, labels)
+    return Images(chosen.decode(chosen.rows[index]), chosen.labels[index], _open(place).white)
 
 
 def split_rows(split: Split, train_size: int, has_test: bool) -> np.ndarray:
@@ -125,26 +142,41 @@ _SHUFFLE_SEED = 1606_04474  # the paper's number on arXiv; any other would do as
 
 
 @lru_cache(maxsize=32)
-def _describe(place: str, split: Split) -> ImageInfo:
-    source = _open(place)
-    part, rows = _select(place, split)
-    channels, height, width = part.decode(rows[:1]).shape[1:]
-    return ImageInfo(len(rows), (channels, height, width), source.classes, source.white)
+def _describe(place: str, split: Split, labels: Labels) -> ImageInfo:
+    source, chosen = _open(place), _select(place, split, labels)
+    channels, height, width = chosen.decode(chosen.rows[:1]).shape[1:]
+    classes = source.classes if labels is None else len(labels)
+    return ImageInfo(len(chosen.rows), (channels, height, width), classes, source.white)
 
 
 @lru_cache(maxsize=8)
-def _load(place: str, split: Split) -> Images:
-    part, rows = _select(place, split)
-    return Images(part.decode(rows), part.labels[rows], _open(place).white)
+def _load(place: str, split: Split, labels: Labels) -> Images:
+    chosen = _select(place, split, labels)
+    return Images(chosen.decode(chosen.rows), chosen.labels, _open(place).white)
 
 
 @lru_cache(maxsize=32)
-def _select(place: str, split: Split) -> tuple[_Part, np.ndarray]:
-    """The part that holds a split, and the split's rows in it."""
+def _select(place: str, split: Split, labels: Labels) -> _Selected:
+    """The images of a split with these labels: those rows of an official part."""
     source = _open(place)
     if split is Split.TEST and source.test is not None:
-        return source.test, np.arange(len(source.test.labels))
-    return source.train, split_rows(split, len(source.train.labels), source.test is not None)
+        part, rows = source.test, np.arange(len(source.test.labels))
+    else:
+        part = source.train
+        rows = split_rows(split, len(source.train.labels), source.test is not None)
+    numbers = part.labels[rows]
+    if labels is not None:
+        new = np.full(source.classes, -1)
+        for number, label in enumerate(labels):
+            if label >= source.classes or not (numbers == label).any():
+                raise ValueError(
+                    f"labels ({list(labels)}) must be labels of dataset {place}, 0 … {source.classes - 1}, "
+                    f"but {label} has no images in its split {split.name}"
+                )
+            new[label] = number
+        rows = rows[new[numbers] >= 0]
+        numbers = new[part.labels[rows]]
+    return _Selected(part.decode, rows, numbers)
 
 
 def _locate(name: str) -> str:

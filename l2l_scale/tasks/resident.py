@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from l2l_scale.rng import Split
-from l2l_scale.tasks.datasets import describe_images, load_images
+from l2l_scale.tasks.datasets import Labels, describe_images, load_images
 
 
 class ResidentImages(NamedTuple):
@@ -24,23 +24,27 @@ class ResidentImages(NamedTuple):
 
 
 @lru_cache(maxsize=8)
-def resident_images(dataset: str, split: Split, device: torch.device) -> ResidentImages:
-    """The images of a split on the device, put there at the first call.
+def resident_images(
+    dataset: str, split: Split, device: torch.device, labels: Labels = None
+) -> ResidentImages:
+    """The images of a split with these labels on the device, put there at the first call.
 
     Kept here and not in the family: tasks hold no mutable attributes, and families with the same images
     share them.
     """
     if device.type == "meta":  # a rehearsal asks for sizes only: nothing is decoded
-        info = describe_images(dataset, split)
+        info = describe_images(dataset, split, labels)
         pixels = torch.empty(info.size, math.prod(info.shape), device=device)
         return ResidentImages(pixels, torch.empty(info.size, dtype=torch.int64, device=device))
-    images = load_images(dataset, split)
+    images = load_images(dataset, split, labels)
     pixels = unit_pixels(torch.from_numpy(images.pixels).flatten(1).to(device), images.white)
     return ResidentImages(pixels, torch.from_numpy(images.labels).to(device))
 
 
 # torch.compile would look through the cache, into the code that reads the data sets.
-look_up: Callable[[str, Split, torch.device], ResidentImages] = torch.compiler.disable(resident_images)  # type: ignore[no-untyped-call]
+look_up: Callable[[str, Split, torch.device, Labels], ResidentImages] = torch.compiler.disable(
+    resident_images
+)  # type: ignore[no-untyped-call]
 
 
 def unit_pixels(pixels: Tensor, white: int) -> Tensor:

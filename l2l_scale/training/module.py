@@ -158,8 +158,8 @@ class MetaTraining(L.LightningModule):
         """Unroll the slots of one family; their contribution to the meta-loss, and what they did."""
         assert window.window_index == self.next_window, (window.window_index, self.next_window)
         # Taken out: with large optimizees the old state must not be held beside the new one.
-        carry = begin(self.rule, window, self.carries.pop(name, None))
-        estimate = self.estimator(self.accelerated[name].rule, self.families[name], carry, window)
+        rule, carry = self.accelerated[name].rule, self.carries.pop(name, None)
+        estimate = self.estimator(rule, self.families[name], begin(rule, window, carry), window)
         rollout: Rollout = tree_detach(estimate.rollout)
         self.carries[name] = rollout.carry
         diverged = rollout.carry.diverged
@@ -171,8 +171,8 @@ class MetaTraining(L.LightningModule):
         params = [param for param in self.parameters() if param.requires_grad]
         with full_precision(self.device):
             for name, weight, window in batch:
-                rule, carry = self.accelerated[name].rule, begin(self.rule, window, None)
-                estimate = self.estimator(rule, self.families[name], carry, window)
+                rule = self.accelerated[name].rule
+                estimate = self.estimator(rule, self.families[name], begin(rule, window, None), window)
                 # Not backward(), which would set DDP's exchange of gradients off.
                 torch.autograd.grad(weight * estimate.surrogate, params, allow_unused=True)
 
@@ -211,8 +211,8 @@ class MetaTraining(L.LightningModule):
         """One window of the held-out tasks of one family; what diverged stays astray."""
         ((name, _, window),) = batch
         carry = None if window.window_index == 0 else self.valid_carry
-        carry = begin(self.rule, window, carry, restart_diverged=False)
         rule, family = self.accelerated[name].rule, self.valid_families[name]
+        carry = begin(rule, window, carry, restart_diverged=False)
         with full_precision(self.device):
             rollout = unroll(rule, family, carry, window, InnerGradient.NONE)
         self.valid_carry = rollout.carry

@@ -132,3 +132,28 @@ def test_bad_settings_are_refused_with_the_way_out():
         ValueError, match=r"augmentation \(.*padding=2.*\) must be None .*source to 'streamed'"
     ):
         ImageClassifier(augmentation=MOVED)
+
+
+@pytest.mark.parametrize("split", list(Split))
+@pytest.mark.parametrize("source", ["resident", "streamed"])
+def test_some_labels_only_become_the_classes_in_their_order(split, source):
+    family = ImageClassifier(labels=(7, 2, 5), split=split, source=source, batch_size=500)
+    every = load_images("digits", split)
+    chosen = np.isin(every.labels, (7, 2, 5))
+    expected = np.select([every.labels == 7, every.labels == 2], [0, 1], 2)[chosen]
+    assert family.images == (chosen.sum(), (1, 8, 8), 3, 16)
+    assert family.spec.segments[-1].shape == (3,)
+    data = {name: torch.tensor(leaf) for name, leaf in family.sample_data(rng(), {}).items()}
+    pixels, labels = family.minibatch(data, torch.float32)
+    index = rng().integers(0, chosen.sum(), 500)
+    assert torch.equal(labels, torch.tensor(expected[index]))
+    assert torch.equal(pixels, torch.tensor(every.pixels[chosen][index]).flatten(1).float() / 16)
+    assert family.for_split(Split.TUNE).labels == (7, 2, 5)
+
+
+def test_labels_that_are_none_are_refused():
+    for labels, words in (((3,), r"\[3\]\) must be two or more"), ((1, 1), "different"), ((-1, 2), "whole")):
+        with pytest.raises(ValueError, match=rf"labels.*{words}"):
+            ImageClassifier(labels=labels)
+    with pytest.raises(ValueError, match=r"labels \(\[2, 10\]\) must be labels of dataset digits, 0 … 9"):
+        _ = ImageClassifier(labels=(2, 10)).spec

@@ -139,7 +139,8 @@ def _restore(name: str, place: slice, ranks: list[dict[str, Any]], module: MetaT
     if not leaves:
         raise ValueError(f"the checkpoint has no slots of {name or 'the family'} in flight")
     theta = leaves[0]
-    like = Carry(theta, module.rule.init_state(theta[:1]), theta, theta)
+    rule = module.rule.for_spec(module.families[name].spec)
+    like = Carry(theta, rule.init_state(theta[:1]), theta, theta)
     carry: Carry = tree_map(lambda leaf: leaf.to(module.device), tree_unflatten(leaves, like))
     return carry
 

@@ -17,6 +17,7 @@ from torch.utils.cpp_extension import get_cxx_compiler
 from l2l_scale.optimizers import CoordinatewiseLSTM, UpdateRule
 from l2l_scale.optimizers.backend import Accelerated, Backend, is_whole
 from l2l_scale.optimizers.fused import FusedRule
+from l2l_scale.optimizers.grouped import BoundGroups, Grouped
 from l2l_scale.optimizers.kernels import (
     Kernel,
     KernelUnavailableError,
@@ -54,6 +55,8 @@ def choose_kernel(rule: UpdateRule, backend: Backend, device: torch.device, dtyp
     fused_by_choice = dtype == torch.float32 and device.type == "cpu"  # as `accelerate` chooses
     if backend in ("eager", "compiled") or (backend == "auto" and not fused_by_choice):
         return _eager("eager" if backend != "compiled" else "compiled, counted as eager")
+    if isinstance(rule, Grouped):
+        return _grouped(rule, backend, device, dtype)
     try:
         if isinstance(rule, NetworkRule) and not is_whole(rule):
             return _cells(rule, device, backend)
@@ -62,6 +65,24 @@ def choose_kernel(rule: UpdateRule, backend: Backend, device: torch.device, dtyp
         if backend != "auto":
             raise
         return _eager(f"eager ({error})")
+
+
+def _grouped(rule: Grouped, backend: Backend, device: torch.device, dtype: torch.dtype) -> Choice:
+    """Every rule by itself. The program is the largest: kernels work, and need their space, one at a time."""
+    choices = {
+        name: choose_kernel(cast("UpdateRule", part), backend, device, dtype)
+        for name, part in rule.rules.items()
+    }
+
+    def compute(rule: UpdateRule) -> Accelerated:
+        groups = cast("BoundGroups", rule)
+        parts = {name: choices[name].compute(part).rule for name, part in groups.parts.items()}
+        return Accelerated(groups.computed_by(parts), "grouped")
+
+    description = ", ".join(f"{name}: {choice.description}" for name, choice in choices.items())
+    programs = [choice.program for choice in choices.values() if choice.program is not None]
+    whole = len(programs) == len(choices)
+    return Choice(description, compute, max(programs, key=lambda one: one.state_rows) if whole else None)
 
 
 def _eager(description: str) -> Choice:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,7 +11,8 @@ import torch
 
 from l2l_scale.optimizers.backend import Backend
 from l2l_scale.rng import Split
-from l2l_scale.tasks import ImageClassifier, TaskFamily
+from l2l_scale.tasks import TaskFamily
+from l2l_scale.tasks.image_family import ImageFamily
 from l2l_scale.tasks.wrapped import unwrapped
 from l2l_scale.training.data import WindowData
 from l2l_scale.training.memory.hollow import choose_kernel, workspace_bytes
@@ -172,11 +174,11 @@ def decoded_bytes(data: WindowData) -> int:
     return sum(dict(_decoded_bytes(family) for family in data.mixture.families.values()).values())
 
 
-def _decoded_bytes(family: TaskFamily) -> tuple[str, int]:
-    """Name and size of a family's data set."""
+def _decoded_bytes(family: TaskFamily) -> tuple[Hashable, int]:
+    """What a family's images are, and their size."""
     _ = family.spec
     family = unwrapped(family)
-    if not isinstance(family, ImageClassifier) or family.source == "streamed":
+    if not isinstance(family, ImageFamily) or family.source == "streamed":
         return "", 0
     images = [family.for_split(split).images for split in (Split.TRAIN, Split.VALID)]
-    return family.dataset, sum(info.size * torch.Size(info.shape).numel() for info in images)
+    return (family.dataset, family.labels), sum(info.size * torch.Size(info.shape).numel() for info in images)

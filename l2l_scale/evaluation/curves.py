@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from l2l_scale.optimizers.backend import Backend, accelerate
 from l2l_scale.optimizers.base import UpdateRule
 from l2l_scale.rng import Split
 from l2l_scale.sampling import Schedule, WindowSampler
-from l2l_scale.tasks.base import TaskFamily
+from l2l_scale.tasks.base import TaskFamily, Tensors
 from l2l_scale.tree import tree_map
 from l2l_scale.unroll import Carry, InnerGradient, WindowBatch, begin, unroll
 
@@ -105,6 +105,15 @@ class HeldOut:
             yield _repeat(sampler(index, tasks).to_batch(), copies, torch.device(self.device))
 
 
+class Run(NamedTuple):
+    """What a rule did on some tasks."""
+
+    losses: Tensor
+    """f(θ_0) … f(θ_T), (T + 1, S)."""
+    scores: Tensors
+    """Figures of merit at θ_T by name, (S,) each; none where windows reach beyond T."""
+
+
 def loss_curves(rule: UpdateRule, held_out: HeldOut, tasks: range | None = None) -> Tensor:
     """Losses f(θ_0) … f(θ_T) of every task, (T + 1, S), on the CPU.
 
@@ -116,19 +125,35 @@ def loss_curves(rule: UpdateRule, held_out: HeldOut, tasks: range | None = None)
         held_out: the tasks.
         tasks: only these of them.
     """
-    return curves_of_all([rule], held_out, range(held_out.num_tasks) if tasks is None else tasks)[0]
+    return curves_of_all([rule], held_out, range(held_out.num_tasks) if tasks is None else tasks)[0].losses
 
 
-def curves_of_all(rules: Sequence[UpdateRule], held_out: HeldOut, tasks: range) -> list[Tensor]:
-    """:func:`loss_curves` of several rules on the same tasks, which are drawn once."""
+def curves_of_all(rules: Sequence[UpdateRule], held_out: HeldOut, tasks: range) -> list[Run]:
+    """:func:`loss_curves` of several rules on the same tasks, which are drawn once, and where they end."""
     held_out.prepare()
     rules = [held_out.accelerate(rule) for rule in rules]
-    parts: list[list[Tensor]] = [[] for _ in rules]
+    parts: list[list[Run]] = [[] for _ in rules]
     for chunk in chunked(tasks, held_out.slots_at_once):
         sampler = held_out.sampler()
         for rule, part in zip(rules, parts, strict=True):
-            part.append(_trajectories(rule, held_out, held_out.windows(sampler, chunk))[0].cpu())
-    return [torch.cat(part, dim=1) for part in parts]
+            losses, theta = _trajectories(rule, held_out, held_out.windows(sampler, chunk))
+            part.append(Run(losses.cpu(), _scores(held_out, sampler, theta, chunk)))
+    return [join(part) for part in parts]
+
+
+def join(runs: Sequence[Run]) -> Run:
+    """Runs of one rule on several ranges of tasks as one."""
+    scores = {name: torch.cat([run.scores[name] for run in runs]) for name in runs[0].scores}
+    return Run(torch.cat([run.losses for run in runs], dim=1), scores)
+
+
+@torch.no_grad()
+def _scores(held_out: HeldOut, sampler: WindowSampler, theta: Tensor, tasks: range) -> Tensors:
+    """Figures of merit at the end points θ (S, N) of a chunk of tasks, on the CPU."""
+    if sampler.schedule.horizon > held_out.inner_steps:
+        return {}
+    task = next(held_out.windows(sampler, tasks)).task
+    return {name: value.cpu() for name, value in held_out.split_family.scores(theta, task).items()}
 
 
 def end_points(rule: UpdateRule, held_out: HeldOut, tasks: range) -> Tensor:

@@ -9,11 +9,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
 from l2l_scale.evaluation.baselines import Baseline, choose_baselines
-from l2l_scale.evaluation.curves import HeldOut, chunked, curves_of_all
+from l2l_scale.evaluation.curves import HeldOut, Run, chunked, curves_of_all, join
 from l2l_scale.evaluation.jobs import Job, Runner
 from l2l_scale.evaluation.references import ReferenceMethod, reference_curves
 from l2l_scale.evaluation.report import Curves
@@ -177,13 +174,13 @@ def run_all(
         for names, job in _jobs(test, named):
             jobs.append(job)
             owners.append((i, names))
-    parts: list[dict[str, list[Tensor]]] = [{name: [] for name in named} for named in entrants]
+    parts: list[dict[str, list[Run]]] = [{name: [] for name in named} for named in entrants]
     for (i, names), curves in zip(owners, runner.run("running all on held-out tasks", jobs), strict=True):
-        for name, losses in zip(names, curves, strict=True):
-            parts[i][name].append(losses)
+        for name, run in zip(names, curves, strict=True):
+            parts[i][name].append(run)
     return [
         {
-            name: Curves(one.kind, one.hyper_parameters, one.tuning, torch.cat(part[name], dim=1))
+            name: Curves(one.kind, one.hyper_parameters, one.tuning, *join(part[name]))
             for name, one in named.items()
         }
         for named, part in zip(entrants, parts, strict=True)
@@ -208,7 +205,7 @@ def _jobs(test: Trial, entrants: Mapping[str, Entrant]) -> Iterator[tuple[list[s
         yield list(methods), _job(_REFERENCE_COST * len(methods), test, tasks, call)
 
 
-def _job(price: float, test: Trial, tasks: range, call: Callable[[], list[Tensor]]) -> Job:
+def _job(price: float, test: Trial, tasks: range, call: Callable[[], list[Run]]) -> Job:
     return Job(price * len(tasks) * test.held_out.inner_steps, call)
 
 
@@ -217,6 +214,7 @@ def _pieces(count: int, pieces: int) -> Iterator[range]:
     return chunked(range(count), -(-count // pieces))
 
 
-def _reference_curves(methods: Sequence[ReferenceMethod], held_out: HeldOut, tasks: range) -> list[Tensor]:
+def _reference_curves(methods: Sequence[ReferenceMethod], held_out: HeldOut, tasks: range) -> list[Run]:
     batch = next(held_out.windows(held_out.sampler(), tasks))
-    return [reference_curves(m, held_out.split_family, batch, held_out.inner_steps) for m in methods]
+    curves = [reference_curves(m, held_out.split_family, batch, held_out.inner_steps) for m in methods]
+    return [Run(losses, {}) for losses in curves]

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from l2l_scale.evaluation.schema import (
     OptimizerReport,
     PairedReport,
     Report,
+    ScoreReport,
     TuningReport,
     validate,
 )
@@ -45,6 +47,8 @@ class Curves(NamedTuple):
     tuning: TuningReport | None
     losses: Tensor
     """(inner steps + 1, S)"""
+    scores: Mapping[str, Tensor] = MappingProxyType({})
+    """Figures of merit at the end of the run, (S,) each."""
 
 
 def reported_steps(horizon: int, inner_steps: int) -> list[int]:
@@ -95,7 +99,13 @@ def optimizer_report(entry: Curves, horizon: int) -> OptimizerReport:
         "num_diverged": diverged[str(steps[-1])],
         "num_diverged_by": diverged,
         "num_spiked": int(spiked.sum()),
+        "scores": {name: _score(values.double()) for name, values in entry.scores.items()},
     }
+
+
+def _score(values: Tensor) -> ScoreReport:
+    """Mean and standard error of a figure of merit, (S,)."""
+    return {"mean": _number(values.mean()), "stderr": _number(standard_error(values))}
 
 
 def paired_report(mine: Tensor, other: Tensor, horizon: int) -> PairedReport:

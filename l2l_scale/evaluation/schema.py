@@ -43,6 +43,13 @@ class TuningReport(TypedDict):
     """Hyper-parameters whose chosen value is the first or last one of the grid, and not zero."""
 
 
+class ScoreReport(TypedDict):
+    """A figure of merit at the end of the run, over all tasks."""
+
+    mean: Number
+    stderr: Number
+
+
 class OptimizerReport(TypedDict):
     """One optimizer on one test."""
 
@@ -70,6 +77,8 @@ class OptimizerReport(TypedDict):
     """The same, by inner step."""
     num_spiked: int
     """Tasks whose loss was so high at any inner step, even if it came down again."""
+    scores: dict[str, ScoreReport]
+    """Besides the loss, by name: "accuracy" on all images of the test split, for image classifiers."""
 
 
 class Comparison(TypedDict):

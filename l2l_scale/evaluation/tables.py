@@ -48,7 +48,9 @@ def losses_table(test: HeldOutReport, horizon: int, every_step: bool) -> Cells:
     low = _lowest_reached(test)
     extra = [f"median @{horizon}"] if every_step else []
     extra += [f"steps to {low}"] if low else []
+    scores = list(dict.fromkeys(name for entry in optimizers.values() for name in entry["scores"]))
     header = ["optimizer", *(f"mean @{t}" for t in shown), *extra, f"sum 1…{horizon}", "diverged", "spiked"]
+    header += [f"{name} @{test['inner_steps']}" for name in scores]
     if mine is not None:
         header += ["learned lower", "matched after"]
     names = [name for kind in ("learned", "tuned", "reference") for name in by_mean(test, horizon, [kind])]
@@ -56,6 +58,7 @@ def losses_table(test: HeldOutReport, horizon: int, every_step: bool) -> Cells:
         [
             name,
             *_cells(optimizers[name], shown, horizon, every_step, low),
+            *_scores(optimizers[name], scores),
             *_paired(test, mine, name, horizon),
         ]
         for name in names
@@ -83,6 +86,12 @@ def _cells(
     medians = [number(entry["median"][str(horizon)])] if with_median else []
     steps = [_steps(entry["steps_to"][low])] if low else []
     return [*map(mean, shown), *medians, *steps, number(entry["sum_mean"]), *counts]
+
+
+def _scores(entry: OptimizerReport, names: Sequence[str]) -> list[str]:
+    """Figures of merit with their standard errors; a dash where there is none."""
+    found = [entry["scores"].get(name) for name in names]
+    return [f"{number(s['mean'])} ± {number(s['stderr'], 2)}" if s else "–" for s in found]
 
 
 def _steps(value: Number) -> str:

@@ -102,6 +102,20 @@ class TaskFamily(ABC):
     def prepare(self, device: torch.device) -> None:  # noqa: B027 - an optional hook, empty on purpose
         """Put resident data (a whole data set) on the device, once, before the first loss there."""
 
+    def scores(self, theta: Tensor, task: Tensors) -> Tensors:
+        """Figures of merit besides the loss, of S problems at once, by name; here none.
+
+        What is known of a data set is meant, as the accuracy on all of its split; higher is better.
+
+        Args:
+            theta: (S, N), the end points of runs.
+            task: as for :meth:`losses`.
+
+        Returns:
+            (S,) each.
+        """
+        return {}
+
     def pictures(self, task: Arrays, points: Arrays) -> Arrays:
         """What there is to look at in ONE problem, by name, (H, W, 3) each in [0, 1]; here nothing.
 

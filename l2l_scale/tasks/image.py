@@ -92,6 +92,10 @@ class ImageClassifier(ImageFamily):
                 delta = torch.bmm(weight.mT, delta) * ACTIVATIONS[self.activation].slope(below)
         return _cross_entropy(log_probability, labels), torch.cat(parts, 1)
 
+    def class_scores(self, theta: Tensor, pixels: Tensor) -> Tensor:
+        """What comes out of the last layer, (S, B, classes)."""
+        return self._layers(self.spec.unflatten(theta), pixels.mT)[-1].mT
+
     def _images(self, data: Tensors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Pixels (S, D, B) and labels (S, 1, B) of the slots' minibatches."""
         pixels, labels = self.minibatch(data, dtype)

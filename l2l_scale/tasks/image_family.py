@@ -5,7 +5,7 @@ S slots, B images of a minibatch, D = C·H·W pixels of an image.
 
 from __future__ import annotations
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -43,6 +43,10 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": Activation(torch.relu, lambda h: (h > 0).to(h.dtype)),
     "elu": Activation(F.elu, lambda h: 1 + h.clamp(max=0)),
 }
+
+
+_PORTION = 500
+"""Images that are classified at once; batch norm takes the statistics of so many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +140,26 @@ class ImageFamily(TaskFamily, ABC):
         pixels, labels = look_up(self.dataset, self.split, index.device, self.labels)
         # An embedding is a lookup of whole rows, and four times as fast as pixels[index].
         return F.embedding(index, pixels).to(dtype), labels[index]
+
+    @abstractmethod
+    def class_scores(self, theta: Tensor, pixels: Tensor) -> Tensor:
+        """What the networks θ (S, N) say of images (S, B, D): logits (S, B, classes)."""
+
+    def scores(self, theta: Tensor, task: Tensors) -> Tensors:
+        """The accuracy on all images of the split, which are classified in portions, in their order."""
+        correct = torch.zeros(len(theta), dtype=torch.int64, device=theta.device)
+        for start in range(0, self.images.size, _PORTION):
+            index = np.arange(start, min(start + _PORTION, self.images.size))
+            if self.source == "resident":
+                one: Tensors = {"index": torch.from_numpy(index).to(theta.device)}
+            else:
+                images = decode_images(self.dataset, self.split, index, self.labels)
+                pixels = torch.from_numpy(images.pixels).flatten(1)
+                one = {"pixels": pixels.to(theta.device), "label": torch.from_numpy(images.labels)}
+            pixels, labels = self.minibatch(one, theta.dtype)
+            found = self.class_scores(theta, pixels.expand(len(theta), *pixels.shape)).argmax(-1)
+            correct += (found == labels.to(theta.device)).sum(-1)
+        return {"accuracy": correct / self.images.size}
 
     def for_split(self: Self, split: Split) -> Self:
         """The same family on the images of another split."""

@@ -73,6 +73,10 @@ class WrappedFamily(TaskFamily):
         """The same around the family on the data of a split."""
         return replace(self, family=self.family.for_split(split))
 
+    def scores(self, theta: Tensor, task: Tensors) -> Tensors:
+        """The family's own."""
+        return self.family.scores(theta, task)
+
     def pictures(self, task: Arrays, points: Arrays) -> Arrays:
         """The family's own."""
         return self.family.pictures(task, points)

@@ -14,7 +14,7 @@ from l2l_scale.optimizers import CoordinatewiseLSTM, UpdateRule
 from l2l_scale.optimizers.adaptive import Adam
 from l2l_scale.optimizers.classic import SGD, HeavyBall
 from l2l_scale.rng import Channel, Split, stream
-from l2l_scale.tasks import Quadratic
+from l2l_scale.tasks import ImageClassifier, Quadratic
 from l2l_scale.tasks.base import Arrays, Tensors
 from l2l_scale.tree import Tree
 
@@ -96,7 +96,7 @@ def test_several_rules_at_once_are_each_as_alone() -> None:
     rules = [SGD(0.01), Adam(0.1)]
     together = curves_of_all(rules, replace(NOISY, max_coordinates=9), range(2, 9))
     for rule, curves in zip(rules, together, strict=True):
-        assert torch.equal(curves, loss_curves(rule, NOISY, range(2, 9)))
+        assert torch.equal(run.losses, loss_curves(rule, NOISY, range(2, 9)))
 
 
 def test_gradient_descent_by_hand_in_numpy() -> None:
@@ -160,3 +160,18 @@ def test_end_points_are_where_the_last_inner_step_leads(held_out: HeldOut) -> No
     torch.testing.assert_close(ends, theta, rtol=1e-5, atol=1e-6)
     cut = end_points(SGD(0.05), replace(held_out, max_coordinates=6), range(2, 9))
     assert torch.equal(cut, ends)
+
+
+def test_scores_are_those_of_the_end_points():
+    family = ImageClassifier(batch_size=16, hidden=(4,))
+    held_out = HeldOut(
+        family=family, seed=0, split=Split.TEST, num_tasks=5, inner_steps=40, max_coordinates=600
+    )
+    (run,) = curves_of_all([SGD(0.5)], held_out, range(1, 5))
+    theta = end_points(SGD(0.5), held_out, range(1, 5))
+    accuracy = family.for_split(Split.TEST).scores(theta, {})["accuracy"]
+    assert run.scores.keys() == {"accuracy"}
+    torch.testing.assert_close(run.scores["accuracy"], accuracy, atol=3e-3, rtol=0)
+    assert len(set(accuracy.tolist())) > 1
+    (beyond,) = curves_of_all([SGD(0.5)], replace(held_out, inner_steps=41), range(2))
+    assert beyond.scores == {}

@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -223,3 +224,23 @@ def test_jsonargparse_builds_it_from_class_path_and_init_args():
 def test_bad_settings_are_refused_by_name_and_value(argument, value, name):
     with pytest.raises(ValueError, match=f"{name} must be"):
         ImageClassifier(**{argument: value})
+
+
+# ---- accuracy ----
+
+
+def test_accuracy_counts_all_images_of_the_split():
+    family = ImageClassifier(split=Split.TEST)
+    theta = torch.from_numpy(family.sample_init(np.random.default_rng(0), {})).float()
+    theta = torch.stack([theta, 300 * theta])
+    images = load_images("digits", Split.TEST)
+    x = torch.from_numpy(images.pixels).flatten(1).float() / 16
+    expected = []
+    for flat in theta:
+        params = family.spec.unflatten(flat)
+        hidden = (x @ params["layers.0.weight"].T + params["layers.0.bias"]).sigmoid()
+        out = hidden @ params["layers.1.weight"].T + params["layers.1.bias"]
+        expected.append((out.argmax(1).numpy() == images.labels).mean())
+    for source in ("resident", "streamed"):
+        found = replace(family, source=source).scores(theta, {})["accuracy"]
+        np.testing.assert_allclose(found, expected, atol=1e-3)

@@ -95,7 +95,7 @@ def test_fewer_tasks_are_the_first_of_more() -> None:
 def test_several_rules_at_once_are_each_as_alone() -> None:
     rules = [SGD(0.01), Adam(0.1)]
     together = curves_of_all(rules, replace(NOISY, max_coordinates=9), range(2, 9))
-    for rule, curves in zip(rules, together, strict=True):
+    for rule, run in zip(rules, together, strict=True):
         assert torch.equal(run.losses, loss_curves(rule, NOISY, range(2, 9)))
 
 

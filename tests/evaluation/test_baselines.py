@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from l2l_scale.evaluation import cache, tuning
 from l2l_scale.deploy import describe_rule
+from l2l_scale.evaluation import cache, tuning
 from l2l_scale.evaluation.baselines import BASELINES, Baseline, choose_baselines
 from l2l_scale.evaluation.curves import HeldOut, loss_curves, sweep
 from l2l_scale.evaluation.tuning import PER_DECADE, Tuned, tune

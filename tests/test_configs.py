@@ -4,6 +4,7 @@ Overlays run on the smoke configuration, and each must have the effect that it i
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,13 @@ import torch
 from conftest import shared_data
 from lightning.pytorch.strategies import DDPStrategy
 
+from l2l_scale.cli.evaluate import Evaluate
 from l2l_scale.cli.evaluate import run as evaluate
 from l2l_scale.cli.fit import Fit
+from l2l_scale.evaluation.settings import HELD_OUT
 from l2l_scale.sampling import PoolSettings
 from l2l_scale.tasks import MixedPrecision
+from l2l_scale.tasks.hub import DATA_VARIABLE
 
 PoolSettings().prepare_environment()  # before Ray is imported
 
@@ -22,6 +26,7 @@ from l2l_scale.sampling.pool import SamplerPool  # noqa: E402
 
 FOLDER = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))
+PAPER = sorted(FOLDER.glob("paper/*.yaml"))
 OVERLAYS = sorted(FOLDER.glob("overlays/*.yaml"))
 TINY = [
     "--trainer.max_steps",
@@ -51,21 +56,58 @@ TINY_EVALUATION = [
 ]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_config_trains_and_evaluates(config, tmp_path):
-    data = ["--data.family.dataset", shared_data("mnist")] if "mnist" in config.name else []
-    families = Fit(["-c", str(config), "--run_dir", str(tmp_path / "look")]).datamodule.mixture.families
-    data += ["--data.slots", str(max(len(families), 2))]  # one for each at least
-    fit = Fit(["-c", str(config), "--run_dir", str(tmp_path), *TINY, *data])
+@pytest.fixture
+def _data(request, monkeypatch):
+    """Where the data sets lie that a configuration names; the test is skipped where one is missing."""
+    text = request.getfixturevalue("config").read_text(encoding="utf-8")
+    for name in set(re.findall(r"\bdataset: (\w+)", text)) - {"digits"}:
+        monkeypatch.setenv(DATA_VARIABLE, str(Path(shared_data(name)).parent))
+
+
+def train_and_evaluate(config, folder, training=(), evaluation=()):
+    """Two meta-steps and a tiny evaluation, with these further options; gives the run and the reports."""
+    families = Fit(["-c", str(config), "--run_dir", str(folder / "look")]).datamodule.mixture.families
+    slots = ["--data.slots", str(max(len(families), 2))]  # one for each at least
+    fit = Fit(["-c", str(config), "--run_dir", str(folder), *TINY, *slots, *training])
     fit.train()
     assert fit.trainer.global_step == 2
-    assert (tmp_path / "config.yaml").is_file()
-    assert (tmp_path / "metrics.csv").is_file()
-    evaluate(["-c", str(tmp_path / "config.yaml"), *TINY_EVALUATION])
-    for name in fit.datamodule.mixture.families:
-        report = json.loads((tmp_path / "evaluation" / name / "report.json").read_text())
-        assert report["horizon"] == fit.datamodule.schedule.horizon
-        assert set(report["tests"]["held-out"]["optimizers"]) >= {"learned", "SGD"}
+    assert (folder / "config.yaml").is_file()
+    assert (folder / "metrics.csv").is_file()
+    evaluate(["-c", str(folder / "config.yaml"), *TINY_EVALUATION, *evaluation])
+    reports = [json.loads((folder / "evaluation" / name / "report.json").read_text()) for name in families]
+    assert all(set(one["tests"]["held-out"]["optimizers"]) >= {"learned", "SGD"} for one in reports)
+    return fit, reports
+
+
+@pytest.mark.usefixtures("_data")
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_config_trains_and_evaluates(config, tmp_path):
+    fit, reports = train_and_evaluate(config, tmp_path)
+    assert all(report["horizon"] == fit.datamodule.schedule.horizon for report in reports)
+
+
+@pytest.mark.usefixtures("_data")
+@pytest.mark.parametrize("config", PAPER, ids=lambda path: path.stem)
+def test_config_of_the_paper_trains_and_evaluates(config, tmp_path):
+    """On small minibatches, where there are any, and for five inner steps: these tasks are large."""
+    small = ["--data.family.batch_size", "8"] if "batch_size" in config.read_text(encoding="utf-8") else []
+    steps = ["--data.horizon", "5", "--data.window", "5", "--data.curriculum", "null"]
+    short = [
+        *(
+            "--evaluation.horizons",
+            "[5]",
+            "--evaluation.inner_steps",
+            "5",
+            "--evaluation.shift_inner_steps",
+            "5",
+        ),
+        *("--evaluation.num_tasks", "1", "--evaluation.num_tuning_tasks", "1"),
+        *("--evaluation.num_shift_tasks", "1", "--evaluation.num_shift_tuning_tasks", "1"),
+    ]
+    asked = Evaluate(["-c", str(config), "--run_dir", str(tmp_path)]).evaluation
+    _, (report,) = train_and_evaluate(config, tmp_path, [*steps, *small], short)
+    assert report["horizon"] == 5
+    assert set(report["tests"]) == {HELD_OUT, *(asked.shifts or {})}
 
 
 def wandb_effect(fit, folder):

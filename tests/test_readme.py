@@ -115,8 +115,10 @@ def test_pictures_exist():
 
 def test_table_of_configs_is_complete():
     table = README.split("| config |")[1].split("\n\n")[0]
-    listed = set(re.findall(r"^\| `(\w+\.yaml)`", table, re.MULTILINE))
-    assert listed == {path.name for path in ROOT.glob("configs/*.yaml")}
+    listed = set(re.findall(r"^\| `([\w/]+\.yaml)`", table, re.MULTILINE))
+    folder = ROOT / "configs"
+    every = [*folder.glob("*.yaml"), *folder.glob("paper/*.yaml")]
+    assert listed == {path.relative_to(folder).as_posix() for path in every}
 
 
 def test_table_of_overlays_is_complete():

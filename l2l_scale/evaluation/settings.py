@@ -37,7 +37,7 @@ class Evaluation:
         test_seed: of the held-out tasks. Splits never share tasks, whatever the seeds.
         tuning_seed: of the tuning tasks.
         shifts: shifted distributions by name.
-        baselines: names of the baselines; all if not given (see ``baselines.BASELINES``).
+        baselines: names of the baselines; if not given all but those of ``baselines.BY_NAME_ONLY``.
         window: inner steps whose minibatches are in memory at once.
         max_coordinates: coordinates in one block of tasks; see :class:`HeldOut`.
         num_workers: processes; one per CPU core if not given. On a GPU always this one process.

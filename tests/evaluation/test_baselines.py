@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from l2l_scale.deploy import describe_rule
 from l2l_scale.evaluation import cache, tuning
 from l2l_scale.evaluation.baselines import BASELINES, Baseline, choose_baselines
 from l2l_scale.evaluation.curves import HeldOut, loss_curves, sweep
@@ -152,3 +153,13 @@ def test_an_unknown_baseline_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"baselines \('Adamm'\) must be among SGD, heavy ball, .*BB2"):
         choose_baselines(["SGD", "Adamm"])
     assert [baseline.name for baseline in choose_baselines(["BB2", "SGD"])] == ["BB2", "SGD"]
+
+
+def test_momentum_as_people_set_it_is_there_by_name():
+    baselines = choose_baselines(["NAG 0.9", "heavy ball 0.9"])
+    for baseline, rule in zip(baselines, ("NAG", "heavy ball"), strict=True):
+        assert baseline.combinations == [{}]
+        built = baseline.build({"learning_rate": 0.1}, 10)
+        full = BY_NAME[rule].build({"learning_rate": 0.1, "momentum": 0.9}, 10)
+        assert describe_rule(built) == describe_rule(full)
+    assert not {baseline.name for baseline in baselines} & {one.name for one in choose_baselines(None)}

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from l2l_scale.diagnosis.course import Course, Series, flat_since
-from l2l_scale.diagnosis.findings import Finding, graded
+from l2l_scale.diagnosis.finding import Finding, graded
 from l2l_scale.diagnosis.thresholds import (
     CLIPPED_LOOK,
     ENOUGH_VALIDATIONS,

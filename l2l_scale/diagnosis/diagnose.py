@@ -10,16 +10,16 @@ from typing import NamedTuple
 from l2l_scale.cores import one_thread
 from l2l_scale.diagnosis.course import Course
 from l2l_scale.diagnosis.course_findings import of_course
+from l2l_scale.diagnosis.finding import Finding
 from l2l_scale.diagnosis.findings import (
-    Finding,
     of_chaos,
     of_divergence,
-    of_insides,
     of_meta_gradient,
     of_phi,
     of_sensitivity,
     of_updates,
 )
+from l2l_scale.diagnosis.insides_findings import of_insides
 from l2l_scale.diagnosis.meta_gradient import MetaGradient, meta_gradient
 from l2l_scale.diagnosis.saturation import Insides
 from l2l_scale.diagnosis.sensitivity import Change, Chaos, chaos, sensitivity

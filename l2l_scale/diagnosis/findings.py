@@ -1,16 +1,15 @@
-"""From numbers to findings: how bad, what was seen, and what helps."""
+"""From what was measured along trajectories to findings."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from l2l_scale.diagnosis.finding import Finding, graded
 from l2l_scale.diagnosis.meta_gradient import MetaGradient
-from l2l_scale.diagnosis.saturation import Gate, Insides
 from l2l_scale.diagnosis.sensitivity import Change, Chaos
 from l2l_scale.diagnosis.thresholds import (
     CHAOS_LOOK,
@@ -18,9 +17,6 @@ from l2l_scale.diagnosis.thresholds import (
     DEAD_UPDATE,
     DIVERGED_PROBLEM,
     EDGE_RATIO,
-    GATES_LOOK,
-    GATES_PROBLEM,
-    HEAD_LOOK,
     NO_GRADIENT,
     NOISE_LOOK,
     PHASE_LOOK,
@@ -29,31 +25,9 @@ from l2l_scale.diagnosis.thresholds import (
     SCALE_RATIO,
     SLOW_FALL,
     STEP_GAIN,
-    STILL_LOOK,
-    STILL_PROBLEM,
 )
 from l2l_scale.diagnosis.trajectory import Trajectory
 from l2l_scale.evaluation.report import median
-
-Severity: TypeAlias = Literal["ok", "look", "problem"]
-
-
-class Finding(NamedTuple):
-    """One thing that was looked at."""
-
-    severity: Severity
-    subject: str
-    text: str
-    """What was seen, with its numbers."""
-    advice: str = ""
-    """What helps; empty where nothing has to be done."""
-    family: str = ""
-    """The family of a mixture that it is about."""
-
-
-def graded(value: float, look: float, problem: float) -> Severity:
-    """How bad a number is that should be low."""
-    return "problem" if not value < problem else "look" if value >= look else "ok"
 
 
 def of_phi(finite: bool) -> Iterator[Finding]:
@@ -111,50 +85,6 @@ def of_divergence(seen: Trajectory) -> Iterator[Finding]:
         yield Finding("look", "divergence", text, "lower the head's scale; LogLoss punishes spikes less")
     else:
         yield Finding("ok", "divergence", f"none of {count} tasks diverges or rises far above its start")
-
-
-def of_insides(inside: Insides) -> Iterator[Finding]:
-    """Gates, units that say nothing, and the head."""
-    if not inside.gates:
-        yield Finding("ok", "gates", "the rule has no cells that are known here; nothing was measured")
-    else:
-        yield from _of_gates(inside.gates)
-        yield from _of_still_units(inside.still_units)
-    if inside.head is not None:
-        text = f"{inside.head:.1%} of tanh(o₁) saturated"
-        advice = "updates are signs: lower output_scale, or train with less model.learning_rate"
-        bad = inside.head > HEAD_LOOK
-        yield Finding("look" if bad else "ok", "head", text, advice if bad else "")
-
-
-def _of_gates(gates: tuple[Gate, ...]) -> Iterator[Finding]:
-    advice = (
-        "inputs are too large or weights have grown: scale the features (RNNprop, LogSign), lower "
-        "model.learning_rate, or set forget_bias (keep_bias) nearer to 1"
-    )
-    fine = True
-    for gate in gates:
-        severity = graded(gate.saturated, GATES_LOOK, GATES_PROBLEM)
-        keeps = gate.name in ("forget", "update") and gate.high > gate.low
-        if severity == "ok" or (keeps and severity == "look"):
-            continue
-        fine = False
-        where = f"{gate.name} {'units' if gate.name == 'unit' else 'gate'} of layer {gate.layer}"
-        shares = f"{gate.low:.0%} closed, {gate.high:.0%} open"
-        yield Finding(severity, "gates", f"{where} saturated: {shares}", advice)
-    if fine:
-        worst = max(gates, key=lambda gate: gate.saturated)
-        where = f"{worst.name} of layer {worst.layer}, {worst.saturated:.0%}"
-        yield Finding("ok", "gates", f"no gate is stuck; most at their limits: {where}")
-
-
-def _of_still_units(shares: dict[int, float]) -> Iterator[Finding]:
-    for layer, share in shares.items():
-        severity = graded(share, STILL_LOOK, STILL_PROBLEM)
-        if severity != "ok":
-            text = f"{share:.0%} of the units of layer {layer} never change"
-            advice = "the layer says nothing: look at gates and at the features' scale; use fewer units"
-            yield Finding(severity, "units", text, advice)
 
 
 def of_meta_gradient(gradient: MetaGradient, clip: float | None) -> Iterator[Finding]:

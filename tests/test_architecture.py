@@ -23,7 +23,7 @@ FLOORS = {
     "unroll": 2,
     **dict.fromkeys(("estimators", "sampling"), 3),
     "evaluation": 4,
-    "training": 5,
+    **dict.fromkeys(("training", "diagnosis"), 5),
 }
 SIDE = {"deploy": {"optimizers", *(name for name, floor in FLOORS.items() if floor == 0)}}
 """Rooms beside the floors: what they may import. Torch alone is enough to use a learned optimizer."""

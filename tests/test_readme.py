@@ -51,6 +51,7 @@ SMALL = {
 }
 SMALL["tune"] = SMALL["evaluate"]
 SMALL["memory"] = SMALL["runs"] = []
+SMALL["diagnose"] = ["--tasks", "1"]
 SMALL["slurm"] = ["--dry-run"]
 
 
@@ -60,12 +61,18 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     (folder / "configs").symlink_to(ROOT / "configs")
     (folder / "rates.txt").write_text("--model.learning_rate 0.001\n--data.slots 64\n")
-    return folder
+    for _, text in BLOCKS:
+        if found := re.match(r"# (\w+\.(py|yaml))\n", text):
+            (folder / found[1]).write_text(text)
+    yield folder
+    for name in ("sines", "my_rule"):
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture(autouse=True)
 def _in_folder(folder, monkeypatch):
     monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
 
 
 def run(command: str) -> None:
@@ -86,7 +93,8 @@ def test_command_runs(command, monkeypatch):
 
 def test_the_commands_are_found():
     assert [shlex.split(command)[1] for command in COMMANDS] == [
-        *("fit", "evaluate", "tune", "export", "runs", "memory", "fit", "slurm", "slurm", "slurm"),
+        *("fit", "evaluate", "diagnose", "tune", "export", "runs", "memory", "fit"),
+        *("slurm", "slurm", "slurm", "fit", "diagnose", "evaluate"),
     ]
     assert any("--ckpt_path last" in command for command in INLINE)
 
@@ -98,9 +106,10 @@ def test_scripts_exist():
 
 def test_python_runs(folder):
     """The blocks build on each other, as a reader would type them."""
-    rule = folder / "runs" / "quickstart" / "rule.safetensors"
-    if not rule.exists():
-        main(["fit", "-c", "configs/smoke.yaml", "--run_dir", str(rule.parent), *SMALL["fit"]])
+    for name, config in (("quickstart", "configs/smoke.yaml"), ("sines", "sines.yaml")):
+        run = folder / "runs" / name
+        if not (run / "rule.safetensors").exists():
+            main(["fit", "-c", config, "--run_dir", str(run), "--overwrite", "true", *SMALL["fit"]])
     source = "\n".join(text for kind, text in BLOCKS if kind == "python")
     exec(compile(source, "README.md", "exec"), {"__name__": "readme"})
 
@@ -127,11 +136,7 @@ def test_table_of_overlays_is_complete():
     assert listed == {path.name for path in ROOT.glob("configs/overlays/*.yaml")}
 
 
-def test_a_task_of_ones_own_can_be_named_in_a_configuration(folder, capsys):
-    source = next(text for kind, text in BLOCKS if kind == "python" and "ModuleTask(" in text)
-    source += "\nfrom l2l_scale.tasks import TaskFamily\ndef sines() -> TaskFamily:\n    return family\n"
-    (folder / "sines.py").write_text(source)
-    arguments = ["--data.family=sines.sines", "--model.rule=CoordinatewiseLSTM", "--run_dir=runs/sines"]
-    main(["fit", *arguments, "--data.horizon=20", *SMALL["fit"]])
-    assert "2 meta-steps" in capsys.readouterr().out
-    sys.modules.pop("sines")
+def test_the_files_of_the_tutorial_are_all_written(folder):
+    assert {path.name for path in folder.iterdir() if path.suffix in (".py", ".yaml")} == {
+        *("sines.py", "my_rule.py", "sines.yaml"),
+    }

@@ -14,6 +14,7 @@ COMMANDS = {
     "evaluate": "compare rules with tuned baselines on held-out tasks: table, report and picture",
     "tune": "tune the baselines of a config and show what was chosen",
     "export": "write the rule of a checkpoint as a file for LearnedOptimizer",
+    "diagnose": "explain how a meta-learner does, with a picture and advice",
     "memory": "predict the memory that meta-training with a config needs",
     "runs": "list run folders with state, last meta-step and best value",
     "reproduce": "train, evaluate and draw an experiment of the paper or a pretrained rule",

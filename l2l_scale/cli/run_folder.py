@@ -118,7 +118,7 @@ def keeping_metrics(folder: Path, began: Callable[[], bool]) -> Iterator[None]:
 
 def empty(folder: Path) -> None:
     """Delete a run; only what a run writes, so that a mistyped folder loses nothing else."""
-    for name in ("checkpoints", "evaluation", "wandb"):
+    for name in ("checkpoints", "diagnosis", "evaluation", "wandb"):
         shutil.rmtree(folder / name, ignore_errors=True)
     files = (
         folder / name for name in ("config.yaml", "rule.safetensors", "validation.png", LOG_FILE, RUN_FILE)

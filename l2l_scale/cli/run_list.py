@@ -24,7 +24,7 @@ DEPTH = 5
 SILENT = 300.0
 """Seconds without a word after which a run on another host is not believed to run."""
 RESUMABLE = ("killed", "stopped", "silent", "failed")
-_INSIDE = {"checkpoints", "code", "evaluation", "wandb"}
+_INSIDE = {"checkpoints", "code", "diagnosis", "evaluation", "wandb"}
 _WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "CONFIGURING"}
 
 

@@ -173,12 +173,18 @@ class LSTMCell(nn.Module):
 
 def local_step(cell: LSTMCell, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """The step of coordinates that do not hear of each other, op by op."""
+    i, f, o, candidate = lstm_gates(cell, x, h)
+    c = f * c + i * candidate
+    return o * c.tanh(), c
+
+
+def lstm_gates(cell: LSTMCell, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Input, forget and output gate, and the candidate, (*, N, H) each."""
     weight = torch.cat((cell.weight_input, cell.weight_hidden), dim=1)
     gates = F.linear(torch.cat((x, h), dim=-1), weight, cell.bias)  # one product is faster than two
     sigmoids, candidate = torch.split(gates, [3 * cell.hidden_size, cell.hidden_size], dim=-1)
     i, f, o = sigmoids.sigmoid().chunk(3, dim=-1)
-    c = f * c + i * candidate.tanh()
-    return o * c.tanh(), c
+    return i, f, o, candidate.tanh()
 
 
 class Computing(NamedTuple):

@@ -64,13 +64,17 @@ class GRUCell(nn.Module):
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         """One step: x (*, N, F), h (*, N, H)."""
+        _, z, candidate = self.gates(x, h)
+        mixed: Tensor = candidate + z * (h - candidate)
+        return mixed
+
+    def gates(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Reset and update gate, and the candidate, (*, N, H) each."""
         sizes = [2 * self.hidden_size, self.hidden_size]
         gates_x, candidate_x = torch.split(F.linear(x, self.weight_input, self.bias), sizes, dim=-1)
         gates_h, candidate_h = torch.split(F.linear(h, self.weight_hidden), sizes, dim=-1)
         r, z = (gates_x + gates_h).sigmoid().chunk(2, dim=-1)
-        candidate = (candidate_x + r * (candidate_h + self.bias_candidate)).tanh()
-        mixed: Tensor = candidate + z * (h - candidate)
-        return mixed
+        return r, z, (candidate_x + r * (candidate_h + self.bias_candidate)).tanh()
 
 
 class CoordinatewiseRecurrent(UpdateRule, ABC):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import TypeAlias
 
 import numpy as np
@@ -74,6 +75,12 @@ class ModuleTask(TaskFamily):
             _check_pure(name, module)
         _ = self.spec  # raises if there is no parameter
 
+    def __repr__(self) -> str:
+        """With the functions' names: a run that is resumed must find the same, whatever their addresses."""
+        given = {name: getattr(self, name) for name in ("build", "objective", "draw_task", "draw_data")}
+        named = (f"{name}={_name_of(function)}" for name, function in given.items() if function is not None)
+        return f"ModuleTask({', '.join(named)})"
+
     @cached_property
     def module(self) -> nn.Module:
         """The module whose architecture and constants count; its parameters are never used."""
@@ -117,6 +124,13 @@ class ModuleTask(TaskFamily):
                 f"objective must return a scalar, but its shape is {tuple(value.shape)}; take a mean"
             )
         return value
+
+
+def _name_of(function: Callable[..., object]) -> str:
+    """``module.name`` of a function; of another callable object that of its class."""
+    plain = isinstance(function, FunctionType | BuiltinFunctionType | MethodType | type)
+    named = function if plain else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def build_seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:

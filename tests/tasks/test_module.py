@@ -2,6 +2,7 @@
 
 import inspect
 import textwrap
+from functools import partial
 from itertools import takewhile
 
 import numpy as np
@@ -129,6 +130,19 @@ def test_family_is_a_key():
 
     assert hash(family_of(build)) == hash(family_of(build))
     assert family_of(build) == family_of(build) != family_of(lambda: nn.Linear(3, 1))
+
+
+def linear():
+    return nn.Linear(3, 1)
+
+
+def test_a_family_prints_names_and_no_addresses():
+    """A checkpoint holds the text: with addresses no run of such a family could be resumed."""
+    family = ModuleTask(build=linear, objective=partial(ones_objective), draw_task=sine_family().draw_task)
+    names = f"build={__name__}.linear, objective=functools.partial"
+    assert repr(family).startswith(f"ModuleTask({names}, draw_task=")
+    assert "draw_data" not in repr(family)
+    assert "0x" not in repr(family)
 
 
 def test_frozen_parameters_and_buffers_are_constants():

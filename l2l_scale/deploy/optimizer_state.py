@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from l2l_scale.deploy.coordinates import flatten, layout_of
 from l2l_scale.deploy.guard import POINTS
 from l2l_scale.deploy.kinds import bind
 from l2l_scale.optimizers.base import UpdateRule
-from l2l_scale.tree import tree_leaves
+from l2l_scale.tree import Tree, tree_leaves
+
+
+class Window(NamedTuple):
+    """The rule's state of a group between two steps."""
+
+    rule: UpdateRule
+    theta: Tensor
+    state: Tree
+    """As the rule's steps work on it (:meth:`UpdateRule.open_window`)."""
 
 
 def key_of(index: int) -> str:

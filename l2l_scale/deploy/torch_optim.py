@@ -22,7 +22,7 @@ from l2l_scale.deploy.coordinates import Layout, flatten, gradient_of, layout_of
 from l2l_scale.deploy.files import load_rule
 from l2l_scale.deploy.guard import Guard, Watch, look
 from l2l_scale.deploy.kinds import KINDS, bind, guess_kinds, is_grouped
-from l2l_scale.deploy.optimizer_state import fitted, key_of
+from l2l_scale.deploy.optimizer_state import Window, fitted, key_of
 from l2l_scale.optimizers.backend import Backend, accelerate, check_backend, check_fusable
 from l2l_scale.optimizers.base import UpdateRule
 from l2l_scale.optimizers.network_rule import NetworkRule
@@ -136,7 +136,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """How often a guard went back so far, over all groups."""
         return sum(entry["guard"]["alarms"] for entry in self.state.values() if "guard" in entry)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As every optimizer's. Read it here, not in ``state``, where it lies in the form of the steps."""
+        self._close_windows()
+        return super().state_dict()
+
     def __getstate__(self) -> dict[str, Any]:
+        self._close_windows()
         return {**super().__getstate__(), **{name: getattr(self, name) for name in _KEPT}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -155,6 +161,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """Start the caches: copies of the rule, and the structures of the rule's states."""
         self._copies: dict[tuple[Layout, str], UpdateRule] = {}
         self._structures: dict[str, Tree] = {}
+        self._windows: dict[str, Window] = {}
         self._grouped = is_grouped(self.rule)
 
     def _step_group(self, key: str, group: Mapping[str, Any], loss: float | None) -> None:
@@ -166,16 +173,17 @@ class LearnedOptimizer(torch.optim.Optimizer):
         theta = read(params, layout.dtype, self.state[key].get("theta"))
         watch = self._watch(key, layout, theta)
         with torch.autocast(layout.device.type, enabled=False):
-            update, state = rule(grad, theta, self._rule_state(key, rule, theta))
+            update, state = rule(grad, theta, self._open_window(key, rule, theta))
         _check_update(rule, update, theta)
         back = None if watch is None else look(watch, theta, grad, update, loss)
         if back is not None:
-            theta, state = back, rule.init_state(back)
+            theta, state = back, rule.open_window(back, rule.init_state(back))
         else:
             scale = group["lr"] if watch is None else group["lr"] * watch.scale
             theta = theta + mask(scale * update, params)
         write(theta, params)
-        self.state[key] = {"rule": type(self.rule).__name__, "leaves": tree_leaves(state)}
+        self._windows[key] = Window(rule, theta, state)
+        self.state[key] = {"rule": type(self.rule).__name__}
         if watch is not None:
             self.state[key]["guard"] = watch.state()
         if any(param.dtype != layout.dtype for param in params):
@@ -200,6 +208,21 @@ class LearnedOptimizer(torch.optim.Optimizer):
             own = bind(copy.deepcopy(self.rule).to(layout.device, layout.dtype), group)
             self._copies[wanted] = accelerate(own, self.backend, layout.device, layout.dtype).rule
         return self._copies[wanted]
+
+    def _open_window(self, key: str, rule: UpdateRule, theta: Tensor) -> Tree:
+        """The rule's state for a group in the form that steps work in; it stays in it from step to step."""
+        if key in self._windows and self._windows[key].rule is not rule:  # the parameters were moved
+            self._close_windows()
+        if key not in self._windows:
+            return rule.open_window(theta, self._rule_state(key, rule, theta))
+        return self._windows[key].state
+
+    def _close_windows(self) -> None:
+        """Put the rule's states into ``state``, as plain tensors."""
+        for key, window in self._windows.items():
+            closed = window.rule.close_window(window.theta, window.state)
+            self.state[key]["leaves"] = tree_leaves(closed)
+        self._windows.clear()
 
     def _rule_state(self, key: str, rule: UpdateRule, theta: Tensor) -> Tree:
         """The rule's state for a group as the tree that the rule knows; a new one before the first step."""

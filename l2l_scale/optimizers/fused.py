@@ -23,7 +23,7 @@ from l2l_scale.optimizers.kernels.base import Kernel
 from l2l_scale.optimizers.kernels.layout import pack, unpack
 from l2l_scale.optimizers.kernels.program import flat_weights
 from l2l_scale.optimizers.kernels.subset import loss_weights_of, sizes, state_of
-from l2l_scale.tree import Tree
+from l2l_scale.tree import Tree, tree_map
 
 
 class OpenState(NamedTuple):
@@ -33,8 +33,8 @@ class OpenState(NamedTuple):
     """(B, R, BLOCK), see :mod:`l2l_scale.optimizers.kernels.layout`."""
     weights: Tensor
     """φ as one tensor."""
-    start: Tree
-    """The state that was packed: its structure and shapes are needed to unpack."""
+    shapes: Tree
+    """The state that was packed, without content: its structure and shapes are needed to unpack."""
 
 
 class FusedRule(TwoPhaseRule):
@@ -67,11 +67,12 @@ class FusedRule(TwoPhaseRule):
 
     def open_window(self, theta: Tensor, state: Tree) -> Tree:
         """Pack the state, and φ."""
-        return OpenState(self._pack(theta.shape, state), flat_weights(self.rule), state)
+        shapes = tree_map(lambda leaf: torch.empty_like(leaf, device="meta"), state)
+        return OpenState(self._pack(theta.shape, state), flat_weights(self.rule), shapes)
 
     def close_window(self, theta: Tensor, state: Tree) -> Tree:
         """Unpack the state."""
-        return unpack(state.packed, state.start, theta.shape)
+        return unpack(state.packed, state.shapes, theta.shape)
 
     def window_losses(
         self, losses: Tensor, grads: Tensor, state: Tree, frozen: Tensor | None, draw: Draw | None = None

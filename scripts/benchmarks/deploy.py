@@ -83,7 +83,7 @@ def measure(hidden: tuple[int, ...], args: argparse.Namespace) -> dict[str, Any]
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """What an optimizer keeps between steps."""
-    leaves = [leaf for entry in optimizer.state.values() for leaf in tree_leaves(dict(entry))]
+    leaves = [leaf for entry in optimizer.state_dict()["state"].values() for leaf in tree_leaves(dict(entry))]
     tensors = {leaf.data_ptr(): leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.numel()}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 

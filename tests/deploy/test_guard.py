@@ -108,7 +108,7 @@ def test_it_returns_to_a_point_where_all_was_well_for_long_enough():
     # θ is 0, 1, …, 10 where the gradients of steps 1 … 11 are measured; points are kept of 3, 6, 9 (θ after
     # so many steps); of 9 it is not known yet whether all goes well.
     assert theta.item() == 6
-    assert optimizer.state["group 0"]["leaves"][0].item() == 0  # the rule began anew
+    assert optimizer.state_dict()["state"]["group 0"]["leaves"][0].item() == 0  # the rule began anew
 
 
 class Counter(Climber):

@@ -359,7 +359,7 @@ def test_low_precision_parameters_have_float32_state_and_master(dtype):
     for _ in range(400):  # each update is far below the spacing of numbers at 1
         param.grad = torch.ones_like(param)
         optimizer.step()
-    entry = optimizer.state["group 0"]
+    entry = optimizer.state_dict()["state"]["group 0"]
     assert all(leaf.dtype == torch.float32 for leaf in [*entry["leaves"], entry["theta"]])
     assert param.dtype == dtype
     torch.testing.assert_close(param.detach().float(), torch.full((3,), 0.98), rtol=0, atol=0.003)
@@ -411,10 +411,10 @@ def test_cuda_parameters_have_rule_and_state_there():
     optimizer.step()
     LearnedOptimizer(twin.parameters(), learned()).step()
     torch.testing.assert_close(weights(net).cpu(), weights(twin), rtol=0, atol=1e-5)
-    assert all(leaf.is_cuda for leaf in optimizer.state["group 0"]["leaves"])
+    assert all(leaf.is_cuda for leaf in optimizer.state_dict()["state"]["group 0"]["leaves"])
     cpu_state = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.cpu, optimizer.state_dict())
     optimizer.load_state_dict(cpu_state)
-    assert all(leaf.is_cuda for leaf in optimizer.state["group 0"]["leaves"])
+    assert all(leaf.is_cuda for leaf in optimizer.state_dict()["state"]["group 0"]["leaves"])
 
 
 # ---- what a user can get wrong ----
@@ -479,3 +479,23 @@ def test_rule_with_one_value_per_slot():
     backward(net)
     with pytest.raises(ValueError, match=r"SGD gave an update .*one value per slot"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_a_state_dict_in_the_middle_changes_nothing(backend):
+    """The state stays in the form that steps work in, until somebody asks for it."""
+    net, looked_at = model(), model()
+    plain = LearnedOptimizer(net.parameters(), learned(), backend=backend)
+    asked = LearnedOptimizer(looked_at.parameters(), learned(), backend=backend)
+    snapshots = []
+    for step in range(6):
+        train(net, plain, range(step, step + 1))
+        train(looked_at, asked, range(step, step + 1))
+        if step % 2:
+            snapshots.append((asked.state_dict(), through_bytes(asked.state_dict())))
+            asked = copy.deepcopy(asked)
+            asked.param_groups[0]["params"] = list(looked_at.parameters())
+    assert torch.equal(weights(net), weights(looked_at))
+    for now, then in snapshots:
+        ours, theirs = (state["state"]["group 0"]["leaves"] for state in (now, then))
+        assert all(map(torch.equal, ours, theirs))

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import Logger
 from l2l_scale.cli.experiment import Reader
 from l2l_scale.cli.export import meta_steps_of, read_rule
 from l2l_scale.cli.loggers import configured, give_folder, log_reports
-from l2l_scale.deploy import classes_of
+from l2l_scale.deploy import classes_of, pretrained_names
 from l2l_scale.evaluation import evaluate
 from l2l_scale.optimizers import UpdateRule
 
@@ -30,14 +30,14 @@ class Evaluate(Reader):
             "--rule",
             type=str | dict[str, str] | None,
             default=None,
-            help="an exported rule or a checkpoint; several by name: {LSTM: a.safetensors, paper: "
+            help="an exported rule, a checkpoint, or a pretrained rule's name; several by name: {LSTM: a.safetensors, paper: "
             "runs/b/checkpoints/last}; run_dir's rule.safetensors if not given",
         )
         parser.add_argument(
             "--out",
             type=str | None,
             default=None,
-            help="folder of the report; 'evaluation' beside the rule if not given",
+            help="folder of the report; 'evaluation' beside the rule, or in runs/NAME, if not given",
         )
 
     def before_instantiate_classes(self) -> None:
@@ -73,8 +73,12 @@ class Evaluate(Reader):
 
     def out(self) -> Path:
         """The report's folder."""
+        if self.config.out:
+            return Path(self.config.out)
         first = next(iter(self.files().values()))
-        return Path(self.config.out) if self.config.out else first.parent / "evaluation"
+        if not first.exists() and str(first) in pretrained_names():
+            return Path("runs") / first / "evaluation"
+        return first.parent / "evaluation"
 
 
 def run(arguments: list[str]) -> None:

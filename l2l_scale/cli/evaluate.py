@@ -30,8 +30,8 @@ class Evaluate(Reader):
             "--rule",
             type=str | dict[str, str] | None,
             default=None,
-            help="an exported rule, a checkpoint, or a pretrained rule's name; several by name: {LSTM: a.safetensors, paper: "
-            "runs/b/checkpoints/last}; run_dir's rule.safetensors if not given",
+            help="an exported rule, a checkpoint, or a pretrained rule's name; several by name: "
+            "{LSTM: a.safetensors, paper: runs/b/checkpoints/last}; run_dir's rule.safetensors if not given",
         )
         parser.add_argument(
             "--out",

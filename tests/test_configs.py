@@ -26,7 +26,11 @@ from l2l_scale.sampling.pool import SamplerPool  # noqa: E402
 
 FOLDER = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))
-PAPER = sorted(FOLDER.glob("paper/*.yaml"))
+OWN_TESTS = Path(__file__).parent / "cli"
+"""Where a configuration of the paper has a test of its own, test_NAME_run.py, as its tasks are large."""
+PAPER = sorted(
+    path for path in FOLDER.glob("paper/*.yaml") if not (OWN_TESTS / f"test_{path.stem}_run.py").exists()
+)
 OVERLAYS = sorted(FOLDER.glob("overlays/*.yaml"))
 TINY = [
     "--trainer.max_steps",

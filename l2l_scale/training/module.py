@@ -157,12 +157,12 @@ class MetaTraining(L.LightningModule):
     def _train_seat(self, name: str, weight: float, window: WindowBatch) -> tuple[Tensor, StepOutput]:
         """Unroll the slots of one family; their contribution to the meta-loss, and what they did."""
         assert window.window_index == self.next_window, (window.window_index, self.next_window)
+        rule, family = self.accelerated[name].rule, self.families[name]
         # Taken out: with large optimizees the old state must not be held beside the new one.
-        rule, carry = self.accelerated[name].rule, self.carries.pop(name, None)
-        estimate = self.estimator(rule, self.families[name], begin(rule, window, carry), window)
+        carry = begin(rule, window, self.carries.pop(name, None))
+        estimate = self.estimator(rule, family, carry, window)
         rollout: Rollout = tree_detach(estimate.rollout)
-        self.carries[name] = rollout.carry
-        diverged = rollout.carry.diverged
+        self.carries[name], diverged = rollout.carry, rollout.carry.diverged
         output = StepOutput(name, rollout.losses, window.inner_step, diverged, rollout.update_rms)
         return weight * estimate.surrogate, output
 

@@ -20,10 +20,10 @@ from torch.autograd.function import once_differentiable
 from l2l_scale.optimizers.base import Draw, TwoPhaseRule
 from l2l_scale.optimizers.coordinatewise import CoordinatewiseLSTM
 from l2l_scale.optimizers.kernels.base import Kernel
-from l2l_scale.optimizers.kernels.layout import pack, unpack
+from l2l_scale.optimizers.kernels.layout import outlines, pack, unpack
 from l2l_scale.optimizers.kernels.program import flat_weights
 from l2l_scale.optimizers.kernels.subset import loss_weights_of, sizes, state_of
-from l2l_scale.tree import Tree, tree_map
+from l2l_scale.tree import Tree
 
 
 class OpenState(NamedTuple):
@@ -33,8 +33,8 @@ class OpenState(NamedTuple):
     """(B, R, BLOCK), see :mod:`l2l_scale.optimizers.kernels.layout`."""
     weights: Tensor
     """φ as one tensor."""
-    shapes: Tree
-    """The state that was packed, without content: its structure and shapes are needed to unpack."""
+    outlines: Tree
+    """Structure and shapes of the state that was packed."""
 
 
 class FusedRule(TwoPhaseRule):
@@ -67,12 +67,11 @@ class FusedRule(TwoPhaseRule):
 
     def open_window(self, theta: Tensor, state: Tree) -> Tree:
         """Pack the state, and φ."""
-        shapes = tree_map(lambda leaf: torch.empty_like(leaf, device="meta"), state)
-        return OpenState(self._pack(theta.shape, state), flat_weights(self.rule), shapes)
+        return OpenState(self._pack(theta.shape, state), flat_weights(self.rule), outlines(state))
 
     def close_window(self, theta: Tensor, state: Tree) -> Tree:
         """Unpack the state."""
-        return unpack(state.packed, state.shapes, theta.shape)
+        return unpack(state.packed, state.outlines, theta.shape)
 
     def window_losses(
         self, losses: Tensor, grads: Tensor, state: Tree, frozen: Tensor | None, draw: Draw | None = None

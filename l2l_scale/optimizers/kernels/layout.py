@@ -8,10 +8,12 @@ and memory like it. Conversion costs two copies per window.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from l2l_scale.tree import Tree, tree_leaves, tree_unflatten
+from l2l_scale.tree import Tree, tree_leaves, tree_map, tree_unflatten
 
 BLOCK = 32
 
@@ -44,13 +46,33 @@ def pack(state: Tree, shape: torch.Size, rows: int, dtype: torch.dtype | None = 
     return packed
 
 
+@dataclass(frozen=True)
+class Outline:
+    """What is needed of a leaf to unpack it."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def outlines(state: Tree) -> Tree:
+    """A state without its content; its leaves are :class:`Outline`."""
+    return tree_map(lambda leaf: Outline(leaf.shape, leaf.dtype), state)
+
+
 def unpack(packed: Tensor, like: Tree, shape: torch.Size) -> Tree:
-    """The inverse of :func:`pack`, with the structure and leaf shapes of ``like``; differentiable."""
+    """The inverse of :func:`pack`, with the structure and leaf shapes of ``like``; differentiable.
+
+    Args:
+        packed: the packed state.
+        like: the state that was packed, or its :func:`outlines`.
+        shape: of θ, (*, N).
+    """
     total, row, leaves = shape.numel(), 0, []
     for leaf in tree_leaves(like):
-        size = leaf.shape[-1] if leaf.dim() > len(shape) else 1
+        many = len(leaf.shape) > len(shape)
+        size = leaf.shape[-1] if many else 1
         columns = packed[:, row : row + size].transpose(1, 2).reshape(-1, size)[:total].to(leaf.dtype)
-        own = columns.view(leaf.shape if leaf.dim() > len(shape) else shape)[..., : leaf.shape[-1]]
+        own = columns.view(leaf.shape if many else shape)[..., : leaf.shape[-1]]
         if own.untyped_storage().nbytes() > 2 * own.numel() * own.element_size():
             own = own.clone(memory_format=torch.contiguous_format)  # or files would hold all of it
         leaves.append(own)

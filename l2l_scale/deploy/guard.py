@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l2l_scale.checks import check_count, check_fraction, check_positive
+from l2l_scale.checks import check_count, check_fraction, check_positive, check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +31,20 @@ class Guard:
       the first step| + 1) above that of the first step.
 
     Then θ returns to a point of 1 to 2 times ``every`` steps ago, after which all was well for so long (or to
-    the start); the rule starts anew there, and its updates are scaled by ``backoff``. The scale grows back to
-    1 by ``growth`` per step.
+    the start); the rule starts anew there, and its updates are scaled by ``backoff``.
+
+    Updates may also be too long without growing: learned ones are bounded, and θ then swings to and fro. What
+    tells it is the cosine between a step and the gradient at its end, which is positive where the step went
+    past the lowest point of its line. If its mean over ``every`` steps is above ``overshoot`` the updates are
+    halved; nothing else is touched. (Noisy gradients keep it below 0.3 in healthy training of networks.)
+
+    In both cases the scale of the updates grows back to 1 by ``growth`` per step.
 
     Args:
         limit: how many times its recent mean a gradient's norm may be.
         every: steps between two points that are kept.
         backoff: factor on the updates after an alarm, between 0 and 1; one after the other multiply.
+        overshoot: mean cosine at which updates are halved; 1 never does.
         growth: factor by which the scale of the updates grows per step; above 1.
 
     Raises:
@@ -47,12 +54,14 @@ class Guard:
     limit: float = 100.0
     every: int = 10
     backoff: float = 0.25
+    overshoot: float = 0.5
     growth: float = 1.01
 
     def __post_init__(self) -> None:
         check_count("every", self.every)
         check_positive("backoff", self.backoff)
         check_fraction("backoff", self.backoff)
+        check_range("overshoot", self.overshoot, 0, 1)
         for name in ("limit", "growth"):
             value = getattr(self, name)
             check_positive(name, value)
@@ -60,7 +69,7 @@ class Guard:
                 raise ValueError(f"{name} ({value}) must be above 1")
 
 
-POINTS = ("anchor", "candidate")
+POINTS = ("anchor", "candidate", "step")
 """What a watch has of the size of θ."""
 
 
@@ -73,6 +82,8 @@ class Watch:
     """Where to return to."""
     candidate: Tensor
     """Becomes the anchor if all is well for so long."""
+    step: Tensor
+    """The last one."""
     age: int = 0
     """Steps since the candidate was taken."""
     steps: int = 0
@@ -82,6 +93,10 @@ class Watch:
     peak: float = 0.0
     """Largest ‖∇‖ so far."""
     first_loss: float = math.nan
+    cosine: float = 0.0
+    """Mean cosine between a step and the gradient at its end."""
+    cosines: int = 0
+    """Over so many steps."""
     scale: float = 1.0
     """Factor on the updates."""
     alarms: int = 0
@@ -89,7 +104,7 @@ class Watch:
     @classmethod
     def at(cls, guard: Guard, theta: Tensor) -> Watch:
         """A new watch that begins at θ (1, N)."""
-        return cls(guard, theta.clone(), theta.clone())
+        return cls(guard, theta.clone(), theta.clone(), torch.zeros_like(theta))
 
     def alarm(self, norm: float, update_norm: float, loss: float | None) -> str:
         """The reason for an alarm at this step, empty if all is well.
@@ -123,15 +138,25 @@ class Watch:
             self.log_norm += share * (math.log(norm) - self.log_norm)
             self.peak = max(self.peak, norm)
         self.scale = min(1.0, self.scale * guard.growth)
+        if self.cosines >= guard.every and self.cosine > guard.overshoot:
+            self.scale, self.cosine, self.cosines = self.scale / 2, 0.0, 0
         self.age += 1
         if self.age > guard.every:
             self.anchor, self.candidate, self.age = self.candidate, theta.clone(), 1
+
+    def compare(self, along: float, norm: float, length: float) -> None:
+        """Note how the gradient (of this norm) lies to the last step (of this length), from their product."""
+        if norm > 0 and length > 0:
+            self.cosines += 1
+            share = 1 / min(self.cosines, self.guard.every)
+            self.cosine += share * (along / (norm * length) - self.cosine)
 
     def return_to_anchor(self) -> Tensor:
         """Go on more carefully from the anchor, (1, N)."""
         self.alarms += 1
         self.scale *= self.guard.backoff
         self.candidate, self.age = self.anchor, 0
+        self.step, self.cosine, self.cosines = torch.zeros_like(self.anchor), 0.0, 0
         return self.anchor
 
     def state(self) -> dict[str, Any]:
@@ -141,12 +166,12 @@ class Watch:
 
 def look(watch: Watch, theta: Tensor, grad: Tensor, update: Tensor, loss: float | None) -> Tensor | None:
     """Let the guard look at a step; where to return to if it raises an alarm, (1, N)."""
-    norm, update_norm = torch.stack(
-        [torch.linalg.vector_norm(grad), torch.linalg.vector_norm(update)]
-    ).tolist()
+    products = [torch.linalg.vector_norm(vector) for vector in (grad, update, watch.step)]
+    norm, update_norm, length, along = torch.stack([*products, (grad * watch.step).sum()]).tolist()
     known = None if loss is None else float(loss)
     reason = watch.alarm(norm, update_norm, known)
     if not reason:
+        watch.compare(along, norm, length)
         watch.note(theta, norm, known)
         return None
     if watch.alarms == 0:

@@ -179,8 +179,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if back is not None:
             theta, state = back, rule.open_window(back, rule.init_state(back))
         else:
-            scale = group["lr"] if watch is None else group["lr"] * watch.scale
-            theta = theta + mask(scale * update, params)
+            step = mask((group["lr"] if watch is None else group["lr"] * watch.scale) * update, params)
+            theta = theta + step
+            if watch is not None:
+                watch.step = step
         write(theta, params)
         self._windows[key] = Window(rule, theta, state)
         self.state[key] = {"rule": type(self.rule).__name__}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def run(arguments: list[str]) -> None:
     """
     if arguments and arguments[0] in ("-h", "--help"):
         print(USAGE)
-        return
+        sys.exit(0)
     if not arguments or arguments[0].startswith("-"):
         raise ValueError("say first what is to be reproduced: a configuration or a pretrained rule's name")
     what, options = arguments[0], arguments[1:]

@@ -1,7 +1,7 @@
 """Use a learned rule in any training loop: needs torch and safetensors, nothing of the training floors."""
 
 from l2l_scale.deploy.description import build_rule, classes_of, describe_rule
-from l2l_scale.deploy.files import load_rule, read_header, save_rule
+from l2l_scale.deploy.files import load_rule, read_header, save_rule, take_over
 from l2l_scale.deploy.guard import Guard
 from l2l_scale.deploy.hub import pull_rule, push_rule
 from l2l_scale.deploy.kinds import parameter_groups
@@ -22,4 +22,5 @@ __all__ = [
     "push_rule",
     "read_header",
     "save_rule",
+    "take_over",
 ]

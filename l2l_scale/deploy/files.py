@@ -85,6 +85,26 @@ def load_rule(path: str | Path, classes: Sequence[type] = ()) -> UpdateRule:
         raise ValueError(f"cannot load {path}: {error}") from error
 
 
+def take_over(rule: UpdateRule, path: str | Path) -> None:
+    """Give a rule the φ of a file, in place: to train a rule further on other tasks.
+
+    Args:
+        rule: of the form of the file's.
+        path: as for :func:`load_rule`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no rule file, is damaged, or the rule is of another form.
+    """
+    header, tensors = _read(find_rule(path))
+    if header["rule"] != describe_rule(rule):
+        raise ValueError(
+            f"the rule must be of the form of the one to start from, {path}: that is {header['rule']}, and "
+            f"this one is {describe_rule(rule)}"
+        )
+    rule.load_state_dict(tensors)
+
+
 def read_header(path: str | Path) -> dict[str, Any]:
     """Return a rule file's header (see the top of this module) without building the rule.
 

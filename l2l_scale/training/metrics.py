@@ -11,7 +11,8 @@ from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from l2l_scale.sampling import WindowLoader
-from l2l_scale.training.module import MetaTraining, StepOutput
+from l2l_scale.training.module import MetaTraining
+from l2l_scale.training.step_output import StepOutput
 
 
 class TrajectoryMetrics(Callback):

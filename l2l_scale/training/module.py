@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import torch
@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from l2l_scale.checks import check_count, check_positive, check_range
-from l2l_scale.deploy import describe_rule
+from l2l_scale.deploy import describe_rule, take_over
 from l2l_scale.estimators import GradientEstimator, TruncatedBPTT
 from l2l_scale.evaluation.curves import stay_astray
 from l2l_scale.optimizers import UpdateRule
@@ -23,24 +23,10 @@ from l2l_scale.training.data import WindowData
 from l2l_scale.training.meta_optimizer import adam_along_a_cosine
 from l2l_scale.training.precision import check_precision, full_precision
 from l2l_scale.training.ranks import all_slots, check_same_phi, most_of_all_ranks, world_size
+from l2l_scale.training.step_output import StepOutput
 from l2l_scale.training.validation import validation_metrics
 from l2l_scale.tree import tree_detach
 from l2l_scale.unroll import Carry, InnerGradient, Rollout, WindowBatch, begin, unroll
-
-
-class StepOutput(NamedTuple):
-    """What a training window of one family shows to callbacks; all without graph."""
-
-    member: str
-    """The family's name in the mixture."""
-    losses: Tensor
-    """f(θ_1) … f(θ_K), (K, S)."""
-    inner_step: Tensor
-    """(S,) where in its trajectory each slot stood before the window."""
-    diverged: Tensor
-    """(S,) whether the slot went astray."""
-    update_rms: Tensor
-    """(S,) root mean square of the last update."""
 
 
 class MetaTraining(L.LightningModule):
@@ -58,9 +44,13 @@ class MetaTraining(L.LightningModule):
             the meta-loss was not finite.
         compile_tasks: compute the losses and gradients of the training tasks with ``torch.compile``; in first
             order only, see :class:`~l2l_scale.tasks.CompiledFamily`.
+        start_from: φ to begin with instead of random ones: a rule file, or a pretrained rule's name. The rule
+            must be of its form.
 
     Raises:
-        ValueError: if a number is out of range, or tasks are to be compiled in second order.
+        FileNotFoundError: if there is no such rule.
+        ValueError: if a number is out of range, tasks are to be compiled in second order, or the rule is of
+            another form than the one to start from.
     """
 
     def __init__(
@@ -73,6 +63,7 @@ class MetaTraining(L.LightningModule):
         backend: Backend = "auto",
         divergence_patience: int = 20,
         compile_tasks: bool = False,
+        start_from: str | None = None,
     ) -> None:
         super().__init__()
         check_positive("learning_rate", learning_rate)
@@ -104,6 +95,8 @@ class MetaTraining(L.LightningModule):
         self.valid_carry: Carry | None = None
         self.valid_losses: dict[str, list[Tensor]] = {}
 
+        if start_from is not None:
+            take_over(rule, start_from)
         describe_rule(rule)  # a rule that no file can describe is refused now, not at the first checkpoint
 
     def setup(self, stage: str) -> None:

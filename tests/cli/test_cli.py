@@ -221,7 +221,7 @@ def test_evaluate_writes_report_table_and_picture(trained, tmp_path, capsys):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "report.md").is_file()
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["version"] == 2
+    assert report["version"] == 3
 
 
 def test_evaluate_takes_a_checkpoint_with_the_same_result_as_its_exported_rule(trained, tmp_path):

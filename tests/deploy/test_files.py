@@ -10,7 +10,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from l2l_scale.deploy import build_rule, classes_of, describe_rule, load_rule, read_header, save_rule
+from l2l_scale.deploy import (
+    build_rule,
+    classes_of,
+    describe_rule,
+    load_rule,
+    read_header,
+    save_rule,
+    take_over,
+)
 from l2l_scale.optimizers import (
     Adam,
     Concatenate,
@@ -317,3 +325,15 @@ def test_deploy_needs_torch_and_safetensors_only():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_rule_takes_over_the_phi_of_a_file(tmp_path):
+    torch.manual_seed(0)
+    first, other = (CoordinatewiseLSTM(4, 1) for _ in range(2))
+    path = save_rule(first, tmp_path / "rule.safetensors")
+    take_over(other, path)
+    assert all(map(torch.equal, first.state_dict().values(), other.state_dict().values()))
+    with pytest.raises(ValueError, match=r"must be of the form of the one to start from.*'hidden_size': 4"):
+        take_over(CoordinatewiseLSTM(5, 1), path)
+    with pytest.raises(FileNotFoundError, match="no rule file"):
+        take_over(other, tmp_path / "nothing.safetensors")

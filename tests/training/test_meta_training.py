@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
+from l2l_scale.deploy import load_rule, save_rule
 from l2l_scale.estimators import TruncatedBPTT
 from l2l_scale.evaluation import HeldOut, loss_curves
 from l2l_scale.optimizers import CoordinatewiseLSTM, GlobalAveraging, SharedMemory, SteeredMemory
@@ -248,3 +249,14 @@ def test_rules_are_bound_to_the_parameter_groups_of_the_family(tmp_path):
         biases = torch.cat([means[part] for part in family.spec.groups["bias"]])
         assert len(weights.unique()) == len(biases.unique()) == 1
         assert weights[0] != biases[0]
+
+
+def test_training_starts_from_a_rule(tmp_path):
+    torch.manual_seed(1)
+    path = save_rule(CoordinatewiseLSTM(4, 1), tmp_path / "rule.safetensors")
+    torch.manual_seed(2)
+    module = MetaTraining(CoordinatewiseLSTM(4, 1), Quadratic(dimension=2), start_from=str(path))
+    expected = load_rule(path).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in module.rule.state_dict().items())
+    with pytest.raises(ValueError, match="form of the one to start from"):
+        MetaTraining(CoordinatewiseLSTM(5, 1), Quadratic(dimension=2), start_from=str(path))

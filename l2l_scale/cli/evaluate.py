@@ -86,18 +86,12 @@ def run(arguments: list[str]) -> None:
     command = Evaluate(arguments)
     rules, out = command.rules(), command.out()
     reports = {}
-    horizons = command.evaluation.each_horizon(command.horizon)
-    for name, family in command.mixture.families.items():
-        for horizon, settings in horizons.items():
-            if name or len(horizons) > 1:
-                print(f"== {name or 'all'}, {horizon} inner steps: {family}")
-            folder = out / name  # of a mixture each family has its own; "" is no folder
-            folder = folder / f"{horizon}-steps" if len(horizons) > 1 else folder
-            report = evaluate(rules, family, horizon, settings, folder)
-            reports[folder.relative_to(out).as_posix() if folder != out else ""] = report, folder
-            print(f"report   {folder / 'report.md'}\nnumbers  {folder / 'report.json'}")
-            print(f"picture  {folder / 'curves.png'}")
-            if family.has_pictures:
-                print(f"pictures {folder / 'pictures.png'}")
+    for name, family, horizon, settings in command.comparisons():
+        folder = out / name
+        reports[name] = evaluate(rules, family, horizon, settings, folder), folder
+        print(f"report   {folder / 'report.md'}\nnumbers  {folder / 'report.json'}")
+        print(f"picture  {folder / 'curves.png'}")
+        if family.has_pictures:
+            print(f"pictures {folder / 'pictures.png'}")
     if command.loggers:
         log_reports(command.loggers, reports, meta_steps_of(next(iter(command.files().values()))))

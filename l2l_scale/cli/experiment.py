@@ -11,6 +11,7 @@ import os
 import warnings
 from abc import abstractmethod
 from argparse import ArgumentError
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from l2l_scale.cli.errors import suggestion
 from l2l_scale.evaluation import Evaluation
+from l2l_scale.tasks import TaskFamily
 from l2l_scale.training import Checkpoints, MetaTraining, Trainer, WindowData
 
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of Lightning's calls, not of ours
@@ -120,6 +122,21 @@ class Reader(Experiment):
                 "evaluation.shifts must be left out for a mixture: each of its families is evaluated by "
                 "itself. Evaluate the rule with a configuration of one family and its shifts"
             )
+
+    def comparisons(self) -> Iterator[tuple[str, TaskFamily, int, Evaluation]]:
+        """Every family at every horizon, said on the terminal if there are several.
+
+        Yields:
+            the name of a folder for it ("" if there is only one), the family, the horizon, and the settings.
+        """
+        horizons = self.evaluation.each_horizon(self.horizon)
+        for member, family in self.mixture.families.items():
+            for horizon, settings in horizons.items():
+                parts = [member, f"{horizon}-steps" if len(horizons) > 1 else ""]
+                name = "/".join(part for part in parts if part)
+                if name:
+                    print(f"== {name}: {family}")
+                yield name, family, horizon, settings
 
 
 def check_rhythm(max_steps: int, windows_per_epoch: int, windows_per_step: int) -> None:

@@ -29,10 +29,5 @@ def run(arguments: list[str]) -> None:
     """Tune as the command line says."""
     command = Tune(arguments)
     out = Path(command.config.out) if command.config.out else None
-    horizons = command.evaluation.each_horizon(command.horizon)
-    for name, family in command.mixture.families.items():
-        for horizon, settings in horizons.items():
-            if name or len(horizons) > 1:
-                print(f"== {name or 'all'}, {horizon} inner steps: {family}")
-            folder = out and (out / name / f"{horizon}-steps" if len(horizons) > 1 else out / name)
-            tune_baselines(family, horizon, settings, folder)
+    for name, family, horizon, settings in command.comparisons():
+        tune_baselines(family, horizon, settings, out and out / name)

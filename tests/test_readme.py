@@ -50,7 +50,8 @@ SMALL = {
     "export": [],
 }
 SMALL["tune"] = SMALL["evaluate"]
-SMALL["memory"] = SMALL["runs"] = []
+SMALL["memory"] = SMALL["runs"] = SMALL["pretrained"] = []
+SMALL["reproduce"] = [*SMALL["fit"], *SMALL["evaluate"]]
 SMALL["diagnose"] = ["--tasks", "1"]
 SMALL["slurm"] = ["--dry-run"]
 
@@ -93,7 +94,7 @@ def test_command_runs(command, monkeypatch):
 
 def test_the_commands_are_found():
     assert [shlex.split(command)[1] for command in COMMANDS] == [
-        *("fit", "evaluate", "diagnose", "tune", "export", "runs", "memory", "fit"),
+        *("pretrained", "reproduce", "fit", "evaluate", "diagnose", "tune", "export", "runs", "memory", "fit"),
         *("slurm", "slurm", "slurm", "fit", "diagnose", "evaluate"),
     ]
     assert any("--ckpt_path last" in command for command in INLINE)

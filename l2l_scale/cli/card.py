@@ -91,9 +91,10 @@ def card(
 
 
 def _headline(reports: dict[str, Report]) -> str:
-    """What the first report says of the test on the family of meta-training."""
+    """What the first report says first of the test on the family of meta-training."""
     title, report = next(iter(reports.items()))
-    return f"{title}: {verdict(next(iter(report['tests'].values())), report['horizon'])}"
+    whole = verdict(next(iter(report["tests"].values())), report["horizon"])
+    return f"{title}: {whole.partition(' Not beaten')[0]}"
 
 
 def _title(path: Path, run: Path) -> str:

@@ -87,7 +87,9 @@ def train_and_evaluate(config, folder, training=(), evaluation=()):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_config_trains_and_evaluates(config, tmp_path):
     fit, reports = train_and_evaluate(config, tmp_path)
-    assert all(report["horizon"] == fit.datamodule.schedule.horizon for report in reports)
+    horizons = Evaluate(["-c", str(tmp_path / "config.yaml")]).evaluation.horizons
+    expected = horizons[0] if horizons else fit.datamodule.schedule.horizon
+    assert all(report["horizon"] == expected for report in reports)
 
 
 @pytest.mark.usefixtures("_data")

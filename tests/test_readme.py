@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import shared_data
 
 from l2l_scale.cli.main import main
+from l2l_scale.tasks.hub import DATA_VARIABLE
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,6 +31,7 @@ SCRIPTS = re.findall(
 SMALL = {
     "fit": ["--trainer.max_steps", "2", "--data.slots", "2", "--data.windows_per_epoch", "2"],
     "evaluate": [
+        *("--evaluation.num_workers", "1"),  # workers of an earlier test would not find the files of this one
         *(
             "--evaluation.num_tasks",
             "4",
@@ -51,7 +54,7 @@ SMALL = {
 }
 SMALL["tune"] = SMALL["evaluate"]
 SMALL["memory"] = SMALL["runs"] = SMALL["pretrained"] = []
-SMALL["reproduce"] = [*SMALL["fit"], *SMALL["evaluate"]]
+SMALL["reproduce"] = [*SMALL["fit"], *SMALL["evaluate"], "--evaluation.horizons", "[100]"]
 SMALL["diagnose"] = ["--tasks", "1"]
 SMALL["slurm"] = ["--dry-run"]
 
@@ -87,6 +90,8 @@ def run(command: str) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS + INLINE)
 def test_command_runs(command, monkeypatch):
+    if "mnist" in command:
+        monkeypatch.setenv(DATA_VARIABLE, str(Path(shared_data("mnist")).parent))
     if "--ckpt_path last" in command:
         monkeypatch.setitem(SMALL, "fit", ["--trainer.max_steps", "4"])
     run(command)

@@ -81,8 +81,9 @@ def card(
         f"\n- {took:.0f} s on {_threads(config)} of {platform.machine()} beside other work, "
         f"l2l_scale {header['l2l_scale']}, torch {first['versions']['torch']}"
         f"\n- again: `l2l-scale reproduce {name}`",
-        "## Figures\n\nAll on tasks that neither meta-training nor tuning saw; every baseline was tuned on "
-        "tasks of the very test that it is in. The numbers are in `reports/`.",
+        "## Figures\n\nAll on tasks that neither meta-training nor tuning saw; baselines were tuned on other "
+        "tasks of the first test, and those marked “(here)” on other tasks of the test that they are in. The "
+        "numbers are in `reports/`.",
         *(f"### {title}\n\n{text}" for title, text in summaries.items()),
         "## Licence\n\nApache-2.0, as the package. The data sets named above have licences of their own, and "
         "are not part of the rule.",

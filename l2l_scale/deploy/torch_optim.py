@@ -53,7 +53,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         guard: goes back and on with smaller steps where the rule runs away on a problem that it does not
             know, see :class:`~l2l_scale.deploy.Guard`; True is one with its defaults, False none. If not
             given, there is one for learned rules on a CPU, where it costs next to nothing (on a GPU it waits
-            for two numbers in every step), unless they have safeguards of their own.
+            for four numbers in every step), unless they have safeguards of their own.
 
     Raises:
         FileNotFoundError: if the rule file does not exist.

@@ -16,7 +16,7 @@ import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +27,7 @@ from l2l_scale.deploy.description import build_rule, classes_of, describe_rule
 from l2l_scale.deploy.pretrained import find_rule
 from l2l_scale.files import write_atomically
 from l2l_scale.optimizers.base import UpdateRule
+from l2l_scale.optimizers.grouped import Grouped
 
 FORMAT = "l2l_scale.rule"
 VERSION = 1
@@ -89,7 +90,8 @@ def take_over(rule: UpdateRule, path: str | Path) -> None:
     """Give a rule the φ of a file, in place: to train a rule further on other tasks.
 
     Args:
-        rule: of the form of the file's.
+        rule: of the form of the file's; or grouped, and each of its rules of that form: all of them then
+            begin with the same φ.
         path: as for :func:`load_rule`.
 
     Raises:
@@ -97,12 +99,16 @@ def take_over(rule: UpdateRule, path: str | Path) -> None:
         ValueError: if it is no rule file, is damaged, or the rule is of another form.
     """
     header, tensors = _read(find_rule(path))
-    if header["rule"] != describe_rule(rule):
-        raise ValueError(
-            f"the rule must be of the form of the one to start from, {path}: that is {header['rule']}, and "
-            f"this one is {describe_rule(rule)}"
-        )
-    rule.load_state_dict(tensors)
+    whole = header["rule"] == describe_rule(rule)
+    takers = list(rule.rules.values()) if isinstance(rule, Grouped) and not whole else [rule]
+    for taker in takers:
+        own = describe_rule(cast("UpdateRule", taker))
+        if own != header["rule"]:
+            raise ValueError(
+                f"the rule must be of the form of the one to start from, {path}: that is {header['rule']}, "
+                f"and this one is {own}"
+            )
+        taker.load_state_dict(tensors)
 
 
 def read_header(path: str | Path) -> dict[str, Any]:

@@ -21,14 +21,25 @@ class MetaLoss(ABC):
 
     Args:
         weights: one number per inner step 1 … T of the horizon; all 1 if not given (the paper's choice).
+        growth: p of weights (1 + p)·(t/T)^p for any horizon, on average 1. Losses far above what can be
+            reached outweigh those of late steps, where an optimizer has to be better than another one.
+
+    Raises:
+        ValueError: if a weight is negative or none is positive, if growth is negative, or both are given.
     """
 
-    def __init__(self, weights: Sequence[float] | None = None) -> None:
+    def __init__(self, weights: Sequence[float] | None = None, growth: float = 0.0) -> None:
         for step, weight in enumerate(weights or ()):
             check_positive(f"weights[{step}]", weight, zero=True)
         if weights is not None and not any(weights):
             raise ValueError(f"weights ({list(weights)}) must have at least one number > 0")
+        check_positive("growth", growth, zero=True)
+        if weights is not None and growth:
+            raise ValueError(
+                f"growth ({growth}) must be 0 where weights are given: it makes weights; leave out one"
+            )
         self.weights = None if weights is None else tuple(weights)
+        self.growth = growth
 
     @abstractmethod
     def transform(self, losses: Tensor, start_loss: Tensor, teacher: Tensors) -> Tensor:
@@ -59,6 +70,8 @@ class MetaLoss(ABC):
             steps: inner steps, counted from 0 in each slot's trajectory.
             horizon: (S,) T.
         """
+        if self.growth:
+            return (1 + self.growth) * ((steps + 1) / horizon.double()) ** self.growth
         if self.weights is None:
             return None
         return torch.tensor(self.weights, dtype=torch.float64, device=steps.device)[steps]
@@ -104,8 +117,10 @@ class LastLoss(MetaLoss):
 class LogLoss(MetaLoss):
     """Σ_t w_t log(f(θ_t) + ε): every order of magnitude counts alike (Wichrowska et al. 2017)."""
 
-    def __init__(self, weights: Sequence[float] | None = None, epsilon: float = 1e-8) -> None:
-        super().__init__(weights)
+    def __init__(
+        self, weights: Sequence[float] | None = None, epsilon: float = 1e-8, growth: float = 0.0
+    ) -> None:
+        super().__init__(weights, growth)
         check_positive("epsilon", epsilon)
         self.epsilon = epsilon
 
@@ -117,8 +132,10 @@ class LogLoss(MetaLoss):
 class NormalizedLoss(MetaLoss):
     """Σ_t w_t f(θ_t) / (|f(θ_0)| + ε): tasks of any scale count alike."""
 
-    def __init__(self, weights: Sequence[float] | None = None, epsilon: float = 1e-8) -> None:
-        super().__init__(weights)
+    def __init__(
+        self, weights: Sequence[float] | None = None, epsilon: float = 1e-8, growth: float = 0.0
+    ) -> None:
+        super().__init__(weights, growth)
         check_positive("epsilon", epsilon)
         self.epsilon = epsilon
 
@@ -136,8 +153,10 @@ class RelativeLoss(MetaLoss):
     task.
     """
 
-    def __init__(self, weights: Sequence[float] | None = None, epsilon: float = 1e-8) -> None:
-        super().__init__(weights)
+    def __init__(
+        self, weights: Sequence[float] | None = None, epsilon: float = 1e-8, growth: float = 0.0
+    ) -> None:
+        super().__init__(weights, growth)
         check_positive("epsilon", epsilon)
         self.epsilon = epsilon
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeAlias
 
 from torch import Tensor
 
+from l2l_scale.checks import check_count
 from l2l_scale.optimizers.adaptive import AdaGrad, Adam, AdamW, RMSprop
 from l2l_scale.optimizers.base import UpdateRule
 from l2l_scale.optimizers.classic import SGD, BarzilaiBorwein, HeavyBall, Nesterov
@@ -17,6 +18,8 @@ from l2l_scale.optimizers.schedules import CosineSchedule, Scheduled
 
 Hypers: TypeAlias = "Mapping[str, float] | Mapping[str, Tensor]"
 """Hyper-parameters by name: numbers, or one value per slot (S,)."""
+
+RATES_PER_DECADE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +31,24 @@ class Baseline:
         build: makes the rule from its hyper-parameters and the horizon that it is tuned for.
         rates: lowest and highest learning rate tried at first; the search goes further where it must.
         others: values tried of the other hyper-parameters that are tuned, rising. Zero is a natural end.
+        rates_per_decade: learning rates of the finest lattice per decade; of 16, neighbours differ by 15 %.
+
+    Raises:
+        ValueError: if ``rates_per_decade`` is no even number of at least 2.
     """
 
     name: str
     build: Callable[[Hypers, int], UpdateRule]
     rates: tuple[float, float]
     others: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    rates_per_decade: int = RATES_PER_DECADE
+
+    def __post_init__(self) -> None:
+        check_count("rates_per_decade", self.rates_per_decade, least=2)
+        if self.rates_per_decade % 2:
+            raise ValueError(
+                f"rates_per_decade ({self.rates_per_decade}) must be even: half decades are tried first"
+            )
 
     @property
     def combinations(self) -> list[dict[str, float]]:
@@ -82,14 +97,15 @@ BY_NAME_ONLY: Sequence[Baseline] = (
 """Momentum as people set it and only the rate tuned, a tenth of the work: for tasks of minutes each."""
 
 
-def choose_baselines(names: Sequence[str] | None) -> list[Baseline]:
-    """Return the baselines of these names; :data:`BASELINES` for None.
+def choose_baselines(names: Sequence[str] | None, rates_per_decade: int = RATES_PER_DECADE) -> list[Baseline]:
+    """Return the baselines of these names, :data:`BASELINES` for None, to be tuned as finely as that.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for an unknown name, or a number of rates that cannot be.
     """
     known = {baseline.name: baseline for baseline in (*BASELINES, *BY_NAME_ONLY)}
     unknown = [name for name in names or () if name not in known]
     if unknown:
         raise ValueError(f"baselines ({unknown[0]!r}) must be among {', '.join(known)}")
-    return list(BASELINES) if names is None else [known[name] for name in names]
+    chosen = BASELINES if names is None else [known[name] for name in names]
+    return [replace(baseline, rates_per_decade=rates_per_decade) for baseline in chosen]

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from l2l_scale.evaluation.baselines import Baseline, choose_baselines
+from l2l_scale.evaluation.baselines import Baseline
 from l2l_scale.evaluation.curves import HeldOut, Run, chunked, curves_of_all, join
 from l2l_scale.evaluation.jobs import Job, Runner
 from l2l_scale.evaluation.references import ReferenceMethod, reference_curves
@@ -95,7 +95,7 @@ def _test(
 
 def tune_all(tests: Sequence[Trial], settings: Evaluation, runner: Runner) -> dict[str, dict[str, Tuned]]:
     """Tune every baseline on every test's own tuning tasks; by test and name."""
-    pairs = [(test, baseline) for test in tests for baseline in choose_baselines(settings.baselines)]
+    pairs = [(test, baseline) for test in tests for baseline in settings.opponents]
     folder = settings.cache_path
     jobs = [
         Job(cost(baseline, test.tuning), partial(tune, baseline, test.tuning, folder))
@@ -116,7 +116,7 @@ def entrants_of(
         ValueError: if a learned rule has the name of another optimizer.
     """
     others: dict[str, Entrant] = {}
-    for baseline in choose_baselines(settings.baselines):
+    for baseline in settings.opponents:
         others |= dict(_tuned_entrants(test, baseline, tuned, settings))
     if test.num_reference_tasks:
         others |= {name: Entrant("reference", m, {"method": m.title}) for name, m in REFERENCES.items()}

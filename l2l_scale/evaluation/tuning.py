@@ -19,16 +19,12 @@ from l2l_scale.evaluation.cache import remember
 from l2l_scale.evaluation.curves import HeldOut, Point, sweep
 from l2l_scale.rng import Split
 
-PER_DECADE = 16
-"""Rates of the finest lattice per decade: neighbours differ by 15 %."""
-COARSE, MIDDLE = 8, 2
-"""Every how many of them the first stage and the start of the second try."""
 KEEP = 3
 """So many combinations of the other hyper-parameters reach the second stage, for each target."""
 COARSE_SHARE, COARSE_MIN, COARSE_MAX = 8, 4, 128
 """The first stage sees one in so many tuning tasks, but at least and at most so many."""
-LIMITS = (-12 * PER_DECADE, 6 * PER_DECADE)
-"""Where even this search ends: rates 1e-12 and 1e6."""
+LIMITS = (-12, 6)
+"""Where even this search ends, in decades: rates 1e-12 and 1e6."""
 
 Cell: TypeAlias = "tuple[int, int]"
 """A point of the grid: number of the combination, number of the rate on the lattice."""
@@ -60,7 +56,7 @@ class Tuned(NamedTuple):
     sum: Choice
     """Best mean of f(θ_1) + … + f(θ_T)."""
     num_points: int
-    """How many points the second stage tried."""
+    """How many points were tried on all tasks."""
 
 
 def tune(baseline: Baseline, held_out: HeldOut, cache: Path | None = None) -> Tuned:
@@ -72,30 +68,39 @@ def tune(baseline: Baseline, held_out: HeldOut, cache: Path | None = None) -> Tu
         cache: folder that keeps results; None keeps nothing. Only the package's own families are kept.
     """
     assert held_out.split == Split.TUNE, held_out.split
-    grid = {"name": baseline.name, "rates": baseline.rates, "others": dict(baseline.others)}
+    others, lattice = dict(baseline.others), baseline.rates_per_decade
+    grid = {"name": baseline.name, "rates": baseline.rates, "others": others, "rates_per_decade": lattice}
     settings = {"tune": grid, "held_out": held_out}
     return _from_json(remember(cache, settings, lambda: _to_json(_search(baseline, held_out))))
 
 
 def point(baseline: Baseline, cell: Cell) -> Point:
     """Hyper-parameters of a cell."""
-    return {"learning_rate": 10 ** (cell[1] / PER_DECADE), **baseline.combinations[cell[0]]}
+    return {"learning_rate": 10 ** (cell[1] / baseline.rates_per_decade), **baseline.combinations[cell[0]]}
 
 
 def cost(baseline: Baseline, held_out: HeldOut) -> float:
     """About how many inner steps tuning takes, over all tasks and points; for progress bars only."""
     combinations, decades = len(baseline.combinations), math.log10(baseline.rates[1] / baseline.rates[0])
-    coarse = combinations * decades * PER_DECADE / COARSE * _few(held_out.num_tasks)
-    fine = min(combinations, KEEP + 1) * (2 * COARSE / MIDDLE + 4) * held_out.num_tasks
+    wide, middle = _strides(baseline)
+    coarse = combinations * decades * baseline.rates_per_decade / wide * _few(held_out.num_tasks)
+    fine = min(combinations, KEEP + 1) * (2 * wide / middle + 4) * held_out.num_tasks
     return (coarse + fine) * held_out.inner_steps
 
 
 def _search(baseline: Baseline, held_out: HeldOut) -> Tuned:
-    """Both stages."""
-    coarse = _first_stage(baseline, replace(held_out, num_tasks=_few(held_out.num_tasks)))
-    fine = _second_stage(baseline, held_out, coarse)
+    """Both stages. What the first one found counts in the second one too if it saw all tasks."""
+    few = _few(held_out.num_tasks)
+    coarse = _first_stage(baseline, replace(held_out, num_tasks=few))
+    fine = _second_stage(baseline, held_out, coarse, coarse if few == held_out.num_tasks else {})
     final, total = (_choice(baseline, fine, target) for target in TARGETS)
     return Tuned(final, total, len(fine))
+
+
+def _strides(baseline: Baseline) -> tuple[int, int]:
+    """Every how many rates of the lattice the first stage and the start of the second try."""
+    wide = baseline.rates_per_decade // 2
+    return wide, max(1, wide // 4)
 
 
 def _few(num_tasks: int) -> int:
@@ -105,28 +110,29 @@ def _few(num_tasks: int) -> int:
 
 def _first_stage(baseline: Baseline, held_out: HeldOut) -> Scores:
     """All combinations at few rates, until no combination's best rate is an end."""
-    low, high = (round(math.log10(rate) * PER_DECADE) for rate in baseline.rates)
-    combinations = range(len(baseline.combinations))
-    wanted = {(c, rate) for c in combinations for rate in range(low, high + COARSE, COARSE)}
+    low, high = (round(math.log10(rate) * baseline.rates_per_decade) for rate in baseline.rates)
+    combinations, (stride, _) = range(len(baseline.combinations)), _strides(baseline)
+    wanted = {(c, rate) for c in combinations for rate in range(low, high + stride, stride)}
     scores: Scores = {}
     while wanted:
         scores |= _score(baseline, held_out, wanted)
         bests = {_best(_of(scores, c), target) for c in combinations for target in TARGETS}
-        wanted = _around(bests, COARSE) - scores.keys()
+        wanted = _around(baseline, bests, stride) - scores.keys()
     return scores
 
 
-def _second_stage(baseline: Baseline, held_out: HeldOut, coarse: Scores) -> Scores:
+def _second_stage(baseline: Baseline, held_out: HeldOut, coarse: Scores, known: Scores) -> Scores:
     """The most promising combinations on ever finer rates, until neither target's best rate is an end."""
     promising = {cell for target in TARGETS for cell in _promising(coarse, target)}
-    steps = range(-COARSE, COARSE + 1, MIDDLE)
-    wanted = _inside((c, rate + step) for c, rate in promising for step in steps)
-    scores: Scores = {}
-    for distance in (MIDDLE, 1):
+    wide, middle = _strides(baseline)
+    steps = range(-wide, wide + 1, middle)
+    scores = dict(known)
+    wanted = _inside(baseline, ((c, rate + step) for c, rate in promising for step in steps)) - scores.keys()
+    for distance in (middle, 1):
         while wanted:
             scores |= _score(baseline, held_out, wanted)
-            wanted = _around(_bests(scores), distance) - scores.keys()
-        wanted = _around(_bests(scores), 1) - scores.keys()
+            wanted = _around(baseline, _bests(scores), distance) - scores.keys()
+        wanted = _around(baseline, _bests(scores), 1) - scores.keys()
     return scores
 
 
@@ -139,14 +145,20 @@ def _score(baseline: Baseline, held_out: HeldOut, cells: Iterable[Cell]) -> Scor
     return dict(zip(ordered, zip(finals, sums, strict=True), strict=True))
 
 
-def _around(cells: Iterable[Cell], distance: int) -> set[Cell]:
+def _around(baseline: Baseline, cells: Iterable[Cell], distance: int) -> set[Cell]:
     """The cells with the next lower and higher rates, as far as the lattice goes."""
-    return _inside((c, rate + step) for c, rate in cells for step in (-distance, distance))
+    return _inside(baseline, ((c, rate + step) for c, rate in cells for step in (-distance, distance)))
 
 
-def _inside(cells: Iterable[Cell]) -> set[Cell]:
+def _inside(baseline: Baseline, cells: Iterable[Cell]) -> set[Cell]:
     """Those cells that lie on the lattice."""
-    return {cell for cell in cells if LIMITS[0] <= cell[1] <= LIMITS[1]}
+    low, high = _ends(baseline)
+    return {cell for cell in cells if low <= cell[1] <= high}
+
+
+def _ends(baseline: Baseline) -> tuple[int, int]:
+    """The first and the last rate of the lattice."""
+    return LIMITS[0] * baseline.rates_per_decade, LIMITS[1] * baseline.rates_per_decade
 
 
 def _of(scores: Scores, combination: int) -> Scores:
@@ -176,7 +188,7 @@ def _choice(baseline: Baseline, scores: Scores, target: int) -> Choice:
     chosen = dict(point(baseline, best))
     others = baseline.others.items()
     edges = [name for name, values in others if chosen[name] and chosen[name] in (values[0], values[-1])]
-    if best[1] in LIMITS:
+    if best[1] in _ends(baseline):
         edges.insert(0, "learning_rate")
     return Choice(chosen, scores[best][target], edges)
 

@@ -45,7 +45,7 @@ class MetaTraining(L.LightningModule):
         compile_tasks: compute the losses and gradients of the training tasks with ``torch.compile``; in first
             order only, see :class:`~l2l_scale.tasks.CompiledFamily`.
         start_from: φ to begin with instead of random ones: a rule file, or a pretrained rule's name. The rule
-            must be of its form.
+            must be of its form; of grouped rules each may be, and all then begin with the same φ.
 
     Raises:
         FileNotFoundError: if there is no such rule.

@@ -23,6 +23,7 @@ from l2l_scale.optimizers import (
     Adam,
     Concatenate,
     CoordinatewiseLSTM,
+    Grouped,
     LogMagnitude,
     LogSign,
     RNNprop,
@@ -337,3 +338,26 @@ def test_a_rule_takes_over_the_phi_of_a_file(tmp_path):
         take_over(CoordinatewiseLSTM(5, 1), path)
     with pytest.raises(FileNotFoundError, match="no rule file"):
         take_over(other, tmp_path / "nothing.safetensors")
+
+
+def test_each_of_grouped_rules_takes_over_the_phi_of_a_file(tmp_path):
+    torch.manual_seed(0)
+    path = save_rule(CoordinatewiseLSTM(4, 1), tmp_path / "rule.safetensors")
+    patterns = {"conv": ["conv"], "linear": ["*"]}
+    grouped = Grouped({name: CoordinatewiseLSTM(4, 1) for name in patterns}, patterns)
+    take_over(grouped, path)
+    phi = load_rule(path).state_dict()
+    for rule in grouped.rules.values():
+        assert all(map(torch.equal, phi.values(), rule.state_dict().values()))
+
+    with torch.no_grad():
+        next(grouped.rules["conv"].parameters()).add_(1.0)
+    whole = save_rule(grouped, tmp_path / "grouped.safetensors")
+    another = Grouped({name: CoordinatewiseLSTM(4, 1) for name in patterns}, patterns)
+    take_over(another, whole)
+    assert all(map(torch.equal, grouped.state_dict().values(), another.state_dict().values()))
+
+    with pytest.raises(ValueError, match=r"must be of the form of the one to start from.*'hidden_size': 5"):
+        take_over(
+            Grouped({"conv": CoordinatewiseLSTM(4, 1), "linear": CoordinatewiseLSTM(5, 1)}, patterns), path
+        )

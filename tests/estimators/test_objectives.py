@@ -61,6 +61,22 @@ def test_the_last_loss_alone_counts_only_in_the_last_window() -> None:
         np.testing.assert_array_equal(value(last), [0.0, 0.0, LOSSES[2, 2], 0.0])
 
 
+@pytest.mark.parametrize(("kind", "options", "expected"), TRANSFORMED)
+def test_growing_weights_are_powers_of_the_part_of_the_trajectory_that_is_done(
+    kind: type[MetaLoss], options: dict[str, float], expected: np.ndarray
+) -> None:
+    weights = np.array([[3 * ((INNER_STEP[slot] + k + 1) / 9) ** 2 for slot in range(4)] for k in range(3)])
+    np.testing.assert_allclose(value(kind(growth=2.0, **options)), (weights * expected).sum(0), rtol=1e-14)
+
+
+def test_growing_weights_fit_any_horizon_and_exclude_given_ones() -> None:
+    SumLoss(growth=1.5).check_horizons([9, 18])
+    with pytest.raises(ValueError, match=r"growth \(1\.0\) must be 0 where weights are given"):
+        SumLoss([1.0], growth=1.0)
+    with pytest.raises(ValueError, match=r"growth \(-1\.0\) must be"):
+        LogLoss(growth=-1.0)
+
+
 @pytest.mark.parametrize("number", [8, 10])
 def test_weights_of_another_horizon_are_refused(number: int) -> None:
     with pytest.raises(ValueError, match=rf"weights \({number} numbers\) must have one number per .*\(9\)"):

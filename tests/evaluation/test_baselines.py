@@ -14,7 +14,8 @@ from l2l_scale.deploy import describe_rule
 from l2l_scale.evaluation import cache, tuning
 from l2l_scale.evaluation.baselines import BASELINES, Baseline, choose_baselines
 from l2l_scale.evaluation.curves import HeldOut, loss_curves, sweep
-from l2l_scale.evaluation.tuning import PER_DECADE, Tuned, tune
+from l2l_scale.evaluation.settings import Evaluation
+from l2l_scale.evaluation.tuning import Tuned, tune
 from l2l_scale.optimizers.classic import SGD
 from l2l_scale.rng import Split
 from l2l_scale.tasks import Quadratic
@@ -29,24 +30,37 @@ def score(baseline: Baseline, point: dict[str, float]) -> tuple[float, float]:
     return curves[-1].mean().item(), curves[1:].sum(0).mean().item()
 
 
+@pytest.mark.parametrize("per_decade", [16, 4, 2])
 @pytest.mark.parametrize("baseline", BASELINES, ids=lambda baseline: baseline.name)
-def test_the_score_is_that_of_a_rollout_and_no_neighbouring_rate_is_better(baseline: Baseline) -> None:
+def test_the_score_is_that_of_a_rollout_and_no_neighbouring_rate_is_better(
+    baseline: Baseline, per_decade: int
+) -> None:
+    baseline = replace(baseline, rates_per_decade=per_decade)
     tuned = tune(baseline, TASKS)
     for target, choice in enumerate((tuned.final, tuned.sum)):
         assert choice.score == pytest.approx(score(baseline, choice.hyper_parameters)[target], rel=1e-6)
         rate = choice.hyper_parameters["learning_rate"]
-        for factor in (10 ** (1 / PER_DECADE), 10 ** (-1 / PER_DECADE)):
+        for factor in (10 ** (1 / per_decade), 10 ** (-1 / per_decade)):
             near = {**choice.hyper_parameters, "learning_rate": rate * factor}
             assert score(baseline, near)[target] >= choice.score * (1 - 1e-6)
         assert "learning_rate" not in choice.edges
 
 
-def test_the_choice_is_the_best_of_the_whole_lattice() -> None:
-    rates = [10 ** (i / PER_DECADE) for i in range(-4 * PER_DECADE, PER_DECADE)]
-    finals, sums = sweep(lambda h: SGD(**h), [{"learning_rate": rate} for rate in rates], TASKS).mean(2)
-    tuned = tune(BY_NAME["SGD"], TASKS)
+@pytest.mark.parametrize("num_tasks", [24, 3])
+@pytest.mark.parametrize("per_decade", [16, 4])
+def test_the_choice_is_the_best_of_the_whole_lattice(num_tasks: int, per_decade: int) -> None:
+    tasks = replace(TASKS, num_tasks=num_tasks)
+    rates = [10 ** (i / per_decade) for i in range(-4 * per_decade, per_decade)]
+    finals, sums = sweep(lambda h: SGD(**h), [{"learning_rate": rate} for rate in rates], tasks).mean(2)
+    tuned = tune(replace(BY_NAME["SGD"], rates_per_decade=per_decade), tasks)
     assert tuned.final.hyper_parameters["learning_rate"] == pytest.approx(rates[int(finals.argmin())])
     assert tuned.sum.hyper_parameters["learning_rate"] == pytest.approx(rates[int(sums.argmin())])
+
+
+@pytest.mark.parametrize(("number", "rule"), [(5, "even"), (0, "number >= 2"), (2.5, "whole number")])
+def test_rates_per_decade_that_cannot_be_are_refused(number: int, rule: str) -> None:
+    with pytest.raises(ValueError, match=rf"rates_per_decade \({number}\) must be .*{rule}"):
+        Evaluation(rates_per_decade=number)
 
 
 @pytest.mark.parametrize("rates", [(1e-7, 1e-6), (1e3, 1e4)], ids=["far too low", "all diverge"])

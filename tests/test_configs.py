@@ -96,7 +96,9 @@ def test_config_trains_and_evaluates(config, tmp_path):
 @pytest.mark.parametrize("config", PAPER, ids=lambda path: path.stem)
 def test_config_of_the_paper_trains_and_evaluates(config, tmp_path):
     """On small minibatches, where there are any, and for five inner steps: these tasks are large."""
-    small = ["--data.family.batch_size", "8"] if "batch_size" in config.read_text(encoding="utf-8") else []
+    text = config.read_text(encoding="utf-8")
+    wrapped = "family." if "MixedPrecision" in text else ""
+    small = [f"--data.family.{wrapped}batch_size", "8"] if "batch_size" in text else []
     steps = ["--data.horizon", "5", "--data.window", "5", "--data.curriculum", "null"]
     short = [
         *(

@@ -38,7 +38,7 @@ def describe(value: object) -> JSON:
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if isinstance(value, Path):
+    if isinstance(value, (Path, torch.dtype)):
         return str(value)
     if isinstance(value, (list, tuple)):
         return [describe(entry) for entry in value]

@@ -18,7 +18,7 @@ from l2l_scale.evaluation.settings import Evaluation
 from l2l_scale.evaluation.tuning import Tuned, tune
 from l2l_scale.optimizers.classic import SGD
 from l2l_scale.rng import Split
-from l2l_scale.tasks import Quadratic
+from l2l_scale.tasks import MixedPrecision, Quadratic
 
 TASKS = HeldOut(family=Quadratic(dimension=2), seed=0, split=Split.TUNE, num_tasks=24, inner_steps=15)
 BY_NAME = {baseline.name: baseline for baseline in BASELINES}
@@ -143,6 +143,13 @@ class Mine(Quadratic):
 def test_a_family_that_no_key_can_stand_for_is_not_kept(tmp_path: Path) -> None:
     tune(BY_NAME["SGD"], replace(TASKS, family=Mine(dimension=2)), tmp_path)
     assert kept(tmp_path) == []
+
+
+def test_a_family_in_mixed_precision_is_kept(tmp_path: Path) -> None:
+    tasks = replace(TASKS, family=MixedPrecision(Quadratic(dimension=2)), num_tasks=2, inner_steps=2)
+    first = tune(BY_NAME["SGD"], tasks, tmp_path)
+    assert len(kept(tmp_path)) == 1
+    assert tune(BY_NAME["SGD"], tasks, tmp_path) == first
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:

@@ -101,13 +101,13 @@ def take_over(rule: UpdateRule, path: str | Path) -> None:
     header, tensors = _read(find_rule(path))
     whole = header["rule"] == describe_rule(rule)
     takers = list(rule.rules.values()) if isinstance(rule, Grouped) and not whole else [rule]
-    for taker in takers:
-        own = describe_rule(cast("UpdateRule", taker))
-        if own != header["rule"]:
+    for form in (describe_rule(cast("UpdateRule", taker)) for taker in takers):
+        if form != header["rule"]:
             raise ValueError(
                 f"the rule must be of the form of the one to start from, {path}: that is {header['rule']}, "
-                f"and this one is {own}"
+                f"and this one is {form}"
             )
+    for taker in takers:
         taker.load_state_dict(tensors)
 
 

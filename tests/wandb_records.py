@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import wandb
 from wandb.proto import wandb_internal_pb2 as messages
 
 BLOCK = 1 << 15
 HEADER = 7  # of a block's piece: checksum (4), length (2), kind (1); the file begins with 7 more bytes
 WHOLE, LAST = 1, 4
+
+
+def new_client() -> None:
+    """End the client of this process, which reads its environment once, and forget where its service was.
+
+    A test that gives a variable its old value back may give it the place of a service that has ended.
+    """
+    wandb.teardown()
+    os.environ.pop("WANDB_SERVICE", None)
 
 
 def records(path: Path) -> Iterator[messages.Record]:

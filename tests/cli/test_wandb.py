@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from wandb_records import pieces, read
+from wandb_records import new_client, pieces, read
 from wandb_server import KEY, WandbServer
 
 from l2l_scale.cli.main import main
@@ -31,6 +31,7 @@ EVALUATION = ["--evaluation.num_tasks=16", "--evaluation.num_tuning_tasks=8", "-
 def home(tmp_path_factory):
     """A home folder without anything in it, and no settings of W&B in the environment."""
     folder = tmp_path_factory.mktemp("home")
+    new_client()
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("WANDB_") or name == "NETRC"]:
             patch.delenv(name)
@@ -40,11 +41,8 @@ def home(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _new_client(home):
-    """The client reads its environment once a process."""
     yield
-    import wandb
-
-    wandb.teardown()
+    new_client()
 
 
 def command(*arguments):

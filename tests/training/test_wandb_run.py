@@ -3,16 +3,16 @@
 import pytest
 import torch
 import wandb
-from wandb_records import pieces, records
+from wandb_records import new_client, pieces, records
 
 from l2l_scale.training import WandbRun
 
 
 @pytest.fixture(autouse=True)
 def _new_client():
-    """The client reads its environment once a process."""
+    new_client()
     yield
-    wandb.teardown()
+    new_client()
 
 
 def test_logs_numbers_pictures_tables_and_files(tmp_path):

@@ -21,7 +21,7 @@ class MetaLoss(ABC):
 
     Args:
         weights: one number per inner step 1 … T of the horizon; all 1 if not given (the paper's choice).
-        growth: p of weights (1 + p)·(t/T)^p for any horizon, on average 1. Losses far above what can be
+        growth: p of weights (1 + p)·(t/T)^p for any horizon, about 1 on average. Losses far above what can be
             reached outweigh those of late steps, where an optimizer has to be better than another one.
 
     Raises:

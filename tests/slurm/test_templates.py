@@ -12,8 +12,8 @@ from cluster import ENDED, Cluster
 
 pytestmark = pytest.mark.slurm
 
-# Says who it is, and ends as $CODES says: the first start's code, the second's, …; RANK=CODE for one rank.
-# The first start takes $SECONDS_TO_RUN.
+# Says who it is, and ends as $CODES says: the first start's code, the second's, …; RANK=CODE for one rank, which
+# waits until all are there: when it ends, srun ends the others. The first start takes $SECONDS_TO_RUN.
 STAND_IN = """#!/usr/bin/env bash
 echo "rank $SLURM_PROCID of $SLURM_NTASKS, local $SLURM_LOCALID, node $SLURM_NODEID, job $SLURM_JOB_NAME," \\
     "per node $SLURM_NTASKS_PER_NODE, cpus ${SLURM_CPUS_PER_TASK:-1}, gpus ${CUDA_VISIBLE_DEVICES:-none}:" \\
@@ -23,7 +23,11 @@ trap 'sleep 1; echo "rank $SLURM_PROCID saved"; exit 143' TERM
 codes=(${CODES:-0})
 code="${codes[${SLURM_RESTART_COUNT:-0}]:-0}"
 if [[ "$code" == *=* ]]; then
+    : >"$0.$SLURM_JOB_ID.$SLURM_PROCID"
     [[ "$SLURM_PROCID" == "${code%=*}" ]] || sleep 60
+    for ((rank = 0; rank < SLURM_NTASKS; rank++)); do
+        until [[ -e "$0.$SLURM_JOB_ID.$rank" ]]; do sleep 0.1; done
+    done
 fi
 exit "${code#*=}"
 """

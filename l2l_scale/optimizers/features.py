@@ -155,6 +155,35 @@ class RNNprop(Feature):
         return torch.stack(parts, dim=-1), (m, v, step)
 
 
+class InnerStep(Feature):
+    """tanh(t/τ − 1), where t = 0, 1, … is the number of inner steps before: how far training has come.
+
+    From −0.76 at the start to 1 long after τ steps. Several of them, with other τ, tell the time on all
+    scales, as in Metz et al. 2020 ("Tasks, stability, architecture, and compute to train learned
+    optimizers", where features are listed). Rules that see it can learn a schedule; they then expect
+    trainings as long as those that they were meta-trained on.
+
+    Args:
+        timescale: τ, in inner steps.
+    """
+
+    size = 1
+
+    def __init__(self, timescale: float = 100.0) -> None:
+        super().__init__()
+        check_positive("timescale", timescale)
+        self.timescale = timescale
+
+    def init_state(self, theta: Tensor) -> Tree:
+        """t (*, 1), zero."""
+        return torch.zeros_like(theta[..., :1])
+
+    def forward(self, grad: Tensor, state: Tree) -> tuple[Tensor, Tree]:
+        """tanh(t/τ − 1), as (*, N, 1)."""
+        time = (state / self.timescale - 1).tanh()
+        return time.expand(grad.shape).unsqueeze(-1), state + 1
+
+
 def _bias_correction(decay: float, step: Tensor) -> Tensor:
     """1 − decay^t; as written it would lose digits while decay^t is near one."""
     rate = math.log(decay) if decay > 0 else -math.inf

@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from l2l_scale.optimizers import Concatenate, Identity, LogMagnitude, LogSign, LogSignClamp, RNNprop
+from l2l_scale.optimizers import (
+    Concatenate,
+    Identity,
+    InnerStep,
+    LogMagnitude,
+    LogSign,
+    LogSignClamp,
+    RNNprop,
+)
 from l2l_scale.tree import tree_leaves, tree_map
 
 FEATURES = [
@@ -18,7 +26,7 @@ FEATURES = [
     LogMagnitude(10, 2),
     RNNprop(),
     RNNprop(0.5, 0.9, log_scale=True),
-    Concatenate([Identity(), RNNprop(log_scale=True), LogMagnitude(), LogSign()]),
+    Concatenate([Identity(), RNNprop(log_scale=True), LogMagnitude(), InnerStep(), LogSign()]),
 ]
 GRADIENTS = [0.0, -0.0, 1e-40, -1e-30, 3e-8, -1e-6, 1e-5, 5e-5, -1e-3, 0.02, -0.7, 1.0, 8.0, -1e4, 1e12]
 
@@ -114,6 +122,12 @@ def test_first_rnnprop_features_are_signs():
     assert (got - expected).abs().max() <= 1e-6
 
 
+def test_inner_step_tells_the_time_whatever_the_gradient():
+    outputs = apply(InnerStep(20.0), [draw(3, 4, seed=t) for t in range(50)])
+    for t, output in enumerate(outputs):
+        assert output.unique().tolist() == [pytest.approx(math.tanh(t / 20 - 1), abs=1e-14)]
+
+
 def test_concatenate_puts_features_side_by_side_with_their_own_states():
     parts = [Identity(2.0), RNNprop(), LogSign()]
     grads = [draw(2, 3, seed=t) for t in range(4)]
@@ -185,6 +199,7 @@ def test_features_are_pure_and_coordinatewise(feature):
         (lambda: RNNprop(beta1=1.0), r"beta1 \(1.0\) must be in \[0, 1\)"),
         (lambda: RNNprop(beta2=-0.1), r"beta2 \(-0.1\) must be in \[0, 1\)"),
         (lambda: RNNprop(epsilon=0.0), r"epsilon \(0.0\) must be"),
+        (lambda: InnerStep(0.0), r"timescale \(0.0\) must be"),
         (lambda: Concatenate([]), r"parts \(\[\]\) must name at least one feature"),
     ],
 )

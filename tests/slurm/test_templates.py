@@ -12,8 +12,8 @@ from cluster import ENDED, Cluster
 
 pytestmark = pytest.mark.slurm
 
-# Says who it is, and ends as $CODES says: the first start's code, the second's, …; RANK=CODE for one rank, which
-# waits until all are there: when it ends, srun ends the others. The first start takes $SECONDS_TO_RUN.
+# Says who it is, and ends as $CODES says: the first start's code, the second's, …; RANK=CODE for one rank,
+# which waits until all are there: when it ends, srun ends the others. The first start takes $SECONDS_TO_RUN.
 STAND_IN = """#!/usr/bin/env bash
 echo "rank $SLURM_PROCID of $SLURM_NTASKS, local $SLURM_LOCALID, node $SLURM_NODEID, job $SLURM_JOB_NAME," \\
     "per node $SLURM_NTASKS_PER_NODE, cpus ${SLURM_CPUS_PER_TASK:-1}, gpus ${CUDA_VISIBLE_DEVICES:-none}:" \\

@@ -20,6 +20,7 @@ from l2l_scale.optimizers.features import (
     Concatenate,
     Feature,
     Identity,
+    InnerStep,
     LogMagnitude,
     LogSign,
     LogSignClamp,
@@ -42,6 +43,7 @@ class FeatureKind(IntEnum):
     LOG_SIGN_CLAMP = 2
     LOG_MAGNITUDE = 3
     RNNPROP = 4
+    INNER_STEP = 5
 
 
 class HeadKind(IntEnum):
@@ -58,7 +60,7 @@ class FeatureCode(NamedTuple):
     size: int
     """Outputs per coordinate."""
     numbers: tuple[float, float, float]
-    """Its settings in the order of its constructor: (scale), (p), (k), (p, limit), (β1, β2, ε)."""
+    """Its settings in the order of its constructor: (scale), (p), (k), (p, limit), (β1, β2, ε), (τ)."""
     state_rows: int = 0
     """Rows of the packed state."""
     log_scale: bool = False
@@ -160,6 +162,8 @@ def _feature_codes(feature: Feature) -> Iterator[FeatureCode]:
     elif isinstance(feature, RNNprop) and kind is RNNprop:
         numbers = (feature.beta1, feature.beta2, feature.epsilon)
         yield FeatureCode(FeatureKind.RNNPROP, feature.size, numbers, 3, feature.log_scale)
+    elif isinstance(feature, InnerStep) and kind is InnerStep:
+        yield FeatureCode(FeatureKind.INNER_STEP, 1, (feature.timescale, 0.0, 0.0), 1)
     else:
         raise UnsupportedRuleError(f"the feature {kind.__name__} is in no fused kernel")
 

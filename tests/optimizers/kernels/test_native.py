@@ -21,6 +21,7 @@ from l2l_scale.optimizers import (
     Feature,
     Head,
     Identity,
+    InnerStep,
     LogMagnitude,
     LogSign,
     LogSignClamp,
@@ -40,9 +41,10 @@ FEATURES = {
     "log-sign-clamp": LogSignClamp,
     "log-magnitude": LogMagnitude,
     "rnnprop": RNNprop,
+    "inner-step": lambda: Concatenate([Identity(), InnerStep(2.0)]),
     "rnnprop-log": lambda: RNNprop(0.9, 0.8, 1e-6, log_scale=True),
     "nested": lambda: Concatenate(
-        [RNNprop(log_scale=True), Concatenate([LogSign(), RNNprop(0.5, 0.7)]), LogMagnitude()]
+        [RNNprop(log_scale=True), Concatenate([LogSign(), InnerStep(3.0), RNNprop(0.5, 0.7)]), LogMagnitude()]
     ),
     "sixteen": lambda: Concatenate([LogSign(1.0 + i) for i in range(15)] + [RNNprop()]),
 }

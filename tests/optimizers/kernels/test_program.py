@@ -13,6 +13,7 @@ from l2l_scale.optimizers import (
     Feature,
     Head,
     Identity,
+    InnerStep,
     LogMagnitude,
     LogSign,
     LogSignClamp,
@@ -51,7 +52,9 @@ class MyOtherHead(Head):
 
 def every_feature() -> Feature:
     inner = Concatenate([LogSignClamp(4.0), Concatenate([RNNprop(0.9, 0.8, 1e-6, True)])])
-    return Concatenate([Identity(3.0), inner, LogMagnitude(8.0, 1.5), LogSign(7.0), RNNprop()])
+    return Concatenate(
+        [Identity(3.0), inner, LogMagnitude(8.0, 1.5), LogSign(7.0), InnerStep(9.0), RNNprop()]
+    )
 
 
 def test_a_program_says_everything_about_a_rule() -> None:
@@ -65,6 +68,7 @@ def test_a_program_says_everything_about_a_rule() -> None:
             FeatureCode(FeatureKind.RNNPROP, 3, (0.9, 0.8, 1e-6), 3, True),
             FeatureCode(FeatureKind.LOG_MAGNITUDE, 1, (8.0, 1.5, 0.0)),
             FeatureCode(FeatureKind.LOG_SIGN, 2, (7.0, 0.0, 0.0)),
+            FeatureCode(FeatureKind.INNER_STEP, 1, (9.0, 0.0, 0.0), 1),
             FeatureCode(FeatureKind.RNNPROP, 2, (0.95, 0.95, 1e-8), 3, False),
         ),
         head=HeadKind.TANH_EXP,

@@ -26,6 +26,7 @@ from l2l_scale.optimizers import (
     CoordinatewiseLSTM,
     Feature,
     Identity,
+    InnerStep,
     LogMagnitude,
     LogSign,
     LogSignClamp,
@@ -131,8 +132,9 @@ FEATURES: dict[str, Callable[[], Feature]] = {
     "identity": lambda: Identity(0.5),
     "log-sign-clamp": LogSignClamp,
     "log-magnitude": LogMagnitude,
+    "inner-step": lambda: Concatenate([Identity(), InnerStep(2.0)]),
     "nested": lambda: Concatenate(
-        [RNNprop(0.9, 0.8, 1e-6, log_scale=True), Concatenate([LogSign(), RNNprop(0.5, 0.0)])]
+        [RNNprop(0.9, 0.8, 1e-6, log_scale=True), Concatenate([LogSign(), InnerStep(3.0), RNNprop(0.5, 0.0)])]
     ),
 }
 

@@ -83,6 +83,12 @@ L2L_INLINE void feature_forward(const L2LFeature& f, Vec<T> g, const T* state, T
       store(next + 2 * kBlock, s.step);
       break;
     }
+    case kInnerStep: {
+      const Vec<T> step = load(state);
+      store(out, tanh(step / a - T(1)));
+      store(next, step + T(1));
+      break;
+    }
   }
 }
 
@@ -121,6 +127,8 @@ L2L_INLINE Vec<T> feature_backward(const L2LFeature& f, Vec<T> g, const T* state
       store(d_state + kBlock, b * d_v);
       return load(d + kBlock) * s.inverse + T(1 - f.a) * d_m + T(2 * (1 - f.b)) * g * d_v;
     }
+    case kInnerStep:
+      break;
   }
   return Vec<T>{};
 }

@@ -29,7 +29,7 @@ struct L2LProgram {
 
 namespace l2l {
 
-enum FeatureKind : int32_t { kIdentity, kLogSign, kLogSignClamp, kLogMagnitude, kRNNprop };
+enum FeatureKind : int32_t { kIdentity, kLogSign, kLogSignClamp, kLogMagnitude, kRNNprop, kInnerStep };
 enum HeadKind : int32_t { kScaledLinear, kTanhExp };
 
 using Program = L2LProgram;

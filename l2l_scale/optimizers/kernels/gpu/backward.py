@@ -21,7 +21,14 @@ from l2l_scale.optimizers.kernels.gpu.lstm import (
     row_sum,
     tanh,
 )
-from l2l_scale.optimizers.kernels.gpu.step import LANES, feature_state, load, row_place, rows_place, store
+from l2l_scale.optimizers.kernels.gpu.step import (
+    LANES,
+    feature_state,
+    load,
+    rows_place,
+    store,
+    store_feature_state,
+)
 from l2l_scale.optimizers.kernels.gpu.weights import (
     HIDDEN,
     INPUTS,
@@ -186,8 +193,5 @@ def features_down(grads, state, d_after, d_state, d_grads, dx, coordinate, total
         third = column_of(dx, spec.features[n].column + 2)
         d, d_m, d_v = feature_gradient(n, grad, before, (first, second, third), d_m, d_v, spec)
         d_grad += d
-        if spec.features[n].has_state:
-            store(d_state, row_place(coordinate, blocks, spec.features[n].row, spec), d_m)
-            store(d_state, row_place(coordinate, blocks, spec.features[n].row + 1, spec), d_v)
-            store(d_state, row_place(coordinate, blocks, spec.features[n].row + 2, spec), d_step)
+        store_feature_state(d_state, coordinate, blocks, n, d_m, d_v, d_step, spec)
     tl.store(d_grads + coordinate, d_grad, mask=live)

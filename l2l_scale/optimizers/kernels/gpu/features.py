@@ -19,6 +19,7 @@ LOG_SIGN = tl.constexpr(int(FeatureKind.LOG_SIGN))
 LOG_SIGN_CLAMP = tl.constexpr(int(FeatureKind.LOG_SIGN_CLAMP))
 LOG_MAGNITUDE = tl.constexpr(int(FeatureKind.LOG_MAGNITUDE))
 RNNPROP = tl.constexpr(int(FeatureKind.RNNPROP))
+INNER_STEP = tl.constexpr(int(FeatureKind.INNER_STEP))
 TINY = tl.constexpr(1e-30)  # as in features.py
 
 
@@ -106,6 +107,9 @@ def feature_outputs(n: tl.constexpr, grad, m, v, step, spec: tl.constexpr):
         second = clip(grad * feature.gain, -1.0, 1.0)
     elif feature.kind == LOG_MAGNITUDE:
         first = clip(tl.log(at_least(magnitude, TINY)) / feature.a, -feature.b, feature.b)
+    elif feature.kind == INNER_STEP:
+        first = 1.0 - 2.0 / (tl.exp(2.0 * (step / feature.a - 1.0)) + 1.0)
+        step = step + 1.0
     else:
         m, v, step, correction1, _, _, root, inverse = moments(feature, grad, m, v, step)
         first = m / correction1 * inverse
@@ -137,7 +141,7 @@ def feature_gradient(n: tl.constexpr, grad, state, d_outputs, d_m, d_v, spec: tl
         passes = inside(tl.log(at_least(magnitude, TINY)) / feature.a, -feature.b, feature.b)
         passes = passes & (magnitude >= constant(grad, TINY))
         d_grad = tl.where(passes, d_first / (feature.a * grad), zero)
-    else:
+    elif feature.kind == RNNPROP:
         m, _, _, correction1, correction2, unbiased, root, inverse = moments(feature, grad, m, v, step)
         d_m += d_first * inverse / correction1
         d_root = -(d_first * m / correction1 + d_second * grad) * inverse * inverse

@@ -27,7 +27,8 @@ class FeatureSpec:
     """Of its first output among all features' outputs."""
     row: int
     """Of its state among the rows of the packed state."""
-    has_state: bool
+    state_rows: int
+    """One or three if it has a state."""
     a: float
     b: float
     c: float
@@ -127,7 +128,7 @@ def _feature_specs(codes: tuple[FeatureCode, ...]) -> list[FeatureSpec]:
             size=code.size,
             column=column,
             row=row,
-            has_state=code.state_rows > 0,
+            state_rows=code.state_rows,
             a=a,
             b=b,
             c=c,

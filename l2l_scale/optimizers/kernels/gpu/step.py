@@ -5,7 +5,6 @@ of the packed state (B, R, BLOCK), see layout.py.
 """
 
 # mypy: ignore-errors
-# ruff: noqa: RET505
 # See features.py for the conventions of device code.
 
 import triton
@@ -54,17 +53,27 @@ def store(pointer, place, value):
 
 @triton.jit
 def feature_state(pointer, coordinate, blocks, n: tl.constexpr, dtype: tl.constexpr, spec: tl.constexpr):
-    """The three rows of the n-th feature's state, zeros if it has none."""
+    """The n-th feature's m, v and step: its last row is the step. Zeros for what it has not."""
     feature: tl.constexpr = spec.features[n]
-    if feature.has_state:
-        return (
-            load(pointer, row_place(coordinate, blocks, feature.row, spec), dtype),
-            load(pointer, row_place(coordinate, blocks, feature.row + 1, spec), dtype),
-            load(pointer, row_place(coordinate, blocks, feature.row + 2, spec), dtype),
-        )
-    else:
-        zero = tl.full(coordinate.shape, 0.0, dtype)
-        return zero, zero, zero
+    m, v = tl.full(coordinate.shape, 0.0, dtype), tl.full(coordinate.shape, 0.0, dtype)
+    step = tl.full(coordinate.shape, 0.0, dtype)
+    if feature.state_rows == 3:
+        m = load(pointer, row_place(coordinate, blocks, feature.row, spec), dtype)
+        v = load(pointer, row_place(coordinate, blocks, feature.row + 1, spec), dtype)
+    if feature.state_rows > 0:
+        step = load(pointer, row_place(coordinate, blocks, feature.row + feature.state_rows - 1, spec), dtype)
+    return m, v, step
+
+
+@triton.jit
+def store_feature_state(pointer, coordinate, blocks, n: tl.constexpr, m, v, step, spec: tl.constexpr):
+    """Write what :func:`feature_state` reads."""
+    feature: tl.constexpr = spec.features[n]
+    if feature.state_rows == 3:
+        store(pointer, row_place(coordinate, blocks, feature.row, spec), m)
+        store(pointer, row_place(coordinate, blocks, feature.row + 1, spec), v)
+    if feature.state_rows > 0:
+        store(pointer, row_place(coordinate, blocks, feature.row + feature.state_rows - 1, spec), step)
 
 
 @triton.jit
@@ -86,11 +95,9 @@ def features_step(grad, state, out, coordinate, blocks, spec: tl.constexpr):
             x = with_column(x, second, spec.features[n].column + 1, spec.widths[0])
         if spec.features[n].size > 2:
             x = with_column(x, third, spec.features[n].column + 2, spec.widths[0])
-        if spec.features[n].has_state:
+        if spec.features[n].state_rows > 0:
             tl.debug_barrier()  # every thread has read, before one writes
-            store(out, row_place(coordinate, blocks, spec.features[n].row, spec), m)
-            store(out, row_place(coordinate, blocks, spec.features[n].row + 1, spec), v)
-            store(out, row_place(coordinate, blocks, spec.features[n].row + 2, spec), step)
+            store_feature_state(out, coordinate, blocks, n, m, v, step, spec)
     return x
 
 

@@ -114,8 +114,8 @@ class LastLoss(MetaLoss):
         return losses
 
 
-class LogLoss(MetaLoss):
-    """Σ_t w_t log(f(θ_t) + ε): every order of magnitude counts alike (Wichrowska et al. 2017)."""
+class _WithEpsilon(MetaLoss, ABC):
+    """A meta-loss with an ε that keeps it finite."""
 
     def __init__(
         self, weights: Sequence[float] | None = None, epsilon: float = 1e-8, growth: float = 0.0
@@ -123,28 +123,25 @@ class LogLoss(MetaLoss):
         super().__init__(weights, growth)
         check_positive("epsilon", epsilon)
         self.epsilon = epsilon
+
+
+class LogLoss(_WithEpsilon):
+    """Σ_t w_t log(f(θ_t) + ε): every order of magnitude counts alike (Wichrowska et al. 2017)."""
 
     def transform(self, losses: Tensor, start_loss: Tensor, teacher: Tensors) -> Tensor:
         """log(f + ε); losses must not be negative."""
         return (losses + self.epsilon).log()
 
 
-class NormalizedLoss(MetaLoss):
+class NormalizedLoss(_WithEpsilon):
     """Σ_t w_t f(θ_t) / (|f(θ_0)| + ε): tasks of any scale count alike."""
-
-    def __init__(
-        self, weights: Sequence[float] | None = None, epsilon: float = 1e-8, growth: float = 0.0
-    ) -> None:
-        super().__init__(weights, growth)
-        check_positive("epsilon", epsilon)
-        self.epsilon = epsilon
 
     def transform(self, losses: Tensor, start_loss: Tensor, teacher: Tensors) -> Tensor:
         """f / |f(θ_0)|."""
         return losses / (start_loss.abs() + self.epsilon)
 
 
-class RelativeLoss(MetaLoss):
+class RelativeLoss(_WithEpsilon):
     """Σ_t w_t f(θ_t) / (|f(θ_t of the teacher)| + ε): below 1 is better than the teacher at that inner step.
 
     Where NormalizedLoss asks for progress, this asks for more progress than a tuned optimizer makes on that
@@ -152,13 +149,6 @@ class RelativeLoss(MetaLoss):
     diverged starts again in the middle of the teacher's trajectory, and is measured by that until its next
     task.
     """
-
-    def __init__(
-        self, weights: Sequence[float] | None = None, epsilon: float = 1e-8, growth: float = 0.0
-    ) -> None:
-        super().__init__(weights, growth)
-        check_positive("epsilon", epsilon)
-        self.epsilon = epsilon
 
     def check_teacher(self, gives: frozenset[str]) -> None:
         """Raise ``ValueError`` if there is none."""

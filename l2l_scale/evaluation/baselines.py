@@ -93,6 +93,7 @@ BASELINES: Sequence[Baseline] = (
 BY_NAME_ONLY: Sequence[Baseline] = (
     Baseline(name="heavy ball 0.9", build=_plain(partial(HeavyBall, momentum=0.9)), rates=(1e-4, 1.0)),
     Baseline(name="NAG 0.9", build=_plain(partial(Nesterov, momentum=0.9)), rates=(1e-4, 1.0)),
+    Baseline(name="NAG 0.9 with cosine", build=_cosine(partial(Nesterov, momentum=0.9)), rates=(1e-4, 1.0)),
 )
 """Momentum as people set it and only the rate tuned, a tenth of the work: for tasks of minutes each."""
 

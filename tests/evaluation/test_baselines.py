@@ -164,8 +164,10 @@ def test_infinite_scores_survive_the_cache(tmp_path: Path) -> None:
     assert cache.remember(tmp_path, settings, lambda: pytest.fail("was computed again")) == [math.inf]
 
 
-def test_schedules_end_at_the_horizon() -> None:
-    curves = loss_curves(BY_NAME["Adam with cosine"].build({"learning_rate": 0.1}, 10), TASKS)
+@pytest.mark.parametrize("name", ["SGD with cosine", "Adam with cosine", "NAG 0.9 with cosine"])
+def test_schedules_end_at_the_horizon(name: str) -> None:
+    (baseline,) = choose_baselines([name])
+    curves = loss_curves(baseline.build({"learning_rate": 0.1}, 10), TASKS)
     assert torch.equal(curves[10], curves[15])
     assert not torch.equal(curves[9], curves[10])
 

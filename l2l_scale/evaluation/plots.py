@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,7 +42,7 @@ def plot_curves(curves: Mapping[str, Curves], horizon: int, title: str, subtitle
         curves: all optimizers.
         horizon: T, marked by a dashed line.
         title: above the picture.
-        subtitle: below the title, in small letters.
+        subtitle: below the title, in small letters; its beginning if it is long.
         path: of the PNG file.
     """
     lines = _lines(curves)
@@ -61,6 +62,7 @@ def plot_curves(curves: Mapping[str, Curves], horizon: int, title: str, subtitle
         title=f"lowest mean at {horizon} first",
     )
     figure.suptitle(f"{title}\n", fontsize=13, fontweight="bold", x=0.42)
+    subtitle = shorten(subtitle, 130, placeholder=" …")
     figure.text(0.42, 0.945, subtitle, fontsize=9, alpha=0.7, ha="center", va="center")
     figure.savefig(path, dpi=140)
 

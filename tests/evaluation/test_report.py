@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Regression
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from l2l_scale.evaluation import Evaluation, evaluate, tune_baselines, validate
@@ -321,6 +322,17 @@ def test_the_picture_survives_negative_and_infinite_losses(tmp_path: Path) -> No
     for i, some in enumerate((curves, {"astray": curves["astray"]})):
         plot_curves(some, 10, "title", "subtitle", tmp_path / f"{i}.png")
         assert (tmp_path / f"{i}.png").stat().st_size > 10_000
+
+
+def test_a_long_subtitle_stays_within_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    plot_curves(
+        {"a": learned(random_losses(0, steps=10))}, 10, "title", "a family " * 100, tmp_path / "a.png"
+    )
+    (subtitle,) = (text for text in figures[0].texts if "a family" in text.get_text())
+    box = subtitle.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figures[0].bbox.width
 
 
 def test_the_mean_of_the_picture_is_over_finite_tasks() -> None:

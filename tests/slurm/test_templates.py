@@ -197,9 +197,10 @@ def test_evaluation_is_one_process_with_its_cores(cluster, submit):
     assert line.endswith("<evaluate><-c><runs/x/config.yaml>")
 
 
-def test_the_script_works_inside_salloc(cluster, stand_in):
+def test_the_script_works_inside_salloc(cluster, stand_in, tmp_path):
     gpus = ["--gpus-per-node=1"] if cluster.has_gpus else []
-    command = ["salloc", "-N2", *gpus, "bash", "-c", "bash slurm/train.sbatch -c a; echo ended with $?"]
+    script = f"bash slurm/train.sbatch -c a --run_dir {tmp_path}; echo ended with $?"
+    command = ["salloc", "-N2", *gpus, "bash", "-c", script]
     said = cluster.call(*command, L2L_SCALE=stand_in, CODES="0=75")
     seen = "0" if gpus else "none"
     assert len(re.findall(rf"rank [01] of 2, local 0, node [01], job l2l-scale, .*gpus {seen}:", said)) == 2

@@ -67,6 +67,16 @@ def _cosine(rule: Callable[..., UpdateRule]) -> Callable[[Hypers, int], UpdateRu
     return lambda hypers, horizon: Scheduled(rule(**hypers), CosineSchedule(horizon))
 
 
+def _cooldown(rule: Callable[..., UpdateRule]) -> Callable[[Hypers, int], UpdateRule]:
+    """Hold the learning rate for 60 % of the horizon, then let it fall to a tenth."""
+
+    def build(hypers: Hypers, horizon: int) -> UpdateRule:
+        hold = 6 * horizon // 10
+        return Scheduled(rule(**hypers), CosineSchedule(horizon - hold, final_fraction=0.1, hold=hold))
+
+    return build
+
+
 _MOMENTUM = {"momentum": (0.0, 0.3, 0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.995)}
 _BETAS = {
     "beta1": (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98),
@@ -94,6 +104,9 @@ BY_NAME_ONLY: Sequence[Baseline] = (
     Baseline(name="heavy ball 0.9", build=_plain(partial(HeavyBall, momentum=0.9)), rates=(1e-4, 1.0)),
     Baseline(name="NAG 0.9", build=_plain(partial(Nesterov, momentum=0.9)), rates=(1e-4, 1.0)),
     Baseline(name="NAG 0.9 with cosine", build=_cosine(partial(Nesterov, momentum=0.9)), rates=(1e-4, 1.0)),
+    Baseline(
+        name="NAG 0.9 with cooldown", build=_cooldown(partial(Nesterov, momentum=0.9)), rates=(1e-4, 1.0)
+    ),
 )
 """Momentum as people set it and only the rate tuned, a tenth of the work: for tasks of minutes each."""
 

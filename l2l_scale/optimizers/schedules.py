@@ -31,20 +31,23 @@ class CosineSchedule(RateSchedule):
     Args:
         inner_steps: length of the descent, at least 1.
         final_fraction: factor at its end, in [0, 1).
+        hold: inner steps at 1 before the descent, which is then a cooldown (Hägele et al. 2024, "Scaling laws
+            and compute-optimal training beyond fixed training durations").
 
     Raises:
         ValueError: if an argument is out of its range.
     """
 
-    def __init__(self, inner_steps: int, final_fraction: float | Tensor = 0.0) -> None:
+    def __init__(self, inner_steps: int, final_fraction: float | Tensor = 0.0, hold: int = 0) -> None:
         super().__init__()
         check_count("inner_steps", inner_steps)
-        self.inner_steps = inner_steps
+        check_count("hold", hold, least=0)
+        self.inner_steps, self.hold = inner_steps, hold
         self.final_fraction = hyper("final_fraction", final_fraction, check_fraction)
 
     def forward(self, inner_step: Tensor) -> Tensor:
         """The factor, (*, 1)."""
-        progress = (inner_step / self.inner_steps).clamp(max=1)
+        progress = ((inner_step - self.hold) / self.inner_steps).clamp(0, 1)
         final = per_problem(self.final_fraction, inner_step)
         return final + (1 - final) * (1 + torch.cos(math.pi * progress)) / 2
 

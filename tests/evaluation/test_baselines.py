@@ -172,6 +172,16 @@ def test_schedules_end_at_the_horizon(name: str) -> None:
     assert not torch.equal(curves[9], curves[10])
 
 
+def test_a_cooldown_holds_the_rate_and_then_lets_it_fall_to_a_tenth() -> None:
+    (cooled, plain) = choose_baselines(["NAG 0.9 with cooldown", "NAG 0.9"])
+    rule = cooled.build({"learning_rate": 0.1}, 10)
+    assert torch.equal(
+        loss_curves(rule, TASKS)[:7], loss_curves(plain.build({"learning_rate": 0.1}, 10), TASKS)[:7]
+    )
+    factors = rule.schedule(torch.tensor([[0.0], [6.0], [8.0], [10.0], [50.0]]))
+    assert torch.allclose(factors, torch.tensor([[1.0], [1.0], [0.55], [0.1], [0.1]]))
+
+
 def test_an_unknown_baseline_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"baselines \('Adamm'\) must be among SGD, heavy ball, .*BB2"):
         choose_baselines(["SGD", "Adamm"])

@@ -352,6 +352,22 @@ def test_exponential_equals_torchs_scheduler(rule, make):
     assert largest_difference(ours, theirs) <= 1e-12
 
 
+@pytest.mark.parametrize(("rule", "make"), SCHEDULED_TWINS)
+def test_a_cosine_after_a_hold_equals_torchs_schedulers_in_sequence(rule, make):
+    problems, hold = Problems(SLOTS), INNER_STEPS // 3
+
+    def scheduler(optimizer):
+        floor, descent = 0.1 * optimizer.defaults["lr"], INNER_STEPS - hold
+        parts = [
+            lr_scheduler.ConstantLR(optimizer, 1.0, 0),
+            lr_scheduler.CosineAnnealingLR(optimizer, descent, floor),
+        ]
+        return lr_scheduler.SequentialLR(optimizer, parts, [hold])
+
+    ours = run(Scheduled(rule, CosineSchedule(INNER_STEPS - hold, 0.1, hold)), problems)
+    assert largest_difference(ours, run_torch(make, problems, scheduler)) <= 1e-12
+
+
 def test_cosine_stays_at_its_end():
     steps = torch.tensor([[0.0], [5.0], [10.0], [11.0], [1000.0]], dtype=torch.float64)
     factors = CosineSchedule(10, 0.2)(steps)
@@ -391,6 +407,7 @@ def test_any_rule_can_be_scheduled_and_schedules_nest():
     ("make", "message"),
     [
         (lambda: CosineSchedule(0), r"inner_steps \(0\) must be"),
+        (lambda: CosineSchedule(10, hold=-1), r"hold \(-1\) must be"),
         (lambda: CosineSchedule(10, 1.0), r"final_fraction \(1.0\) must be"),
         (lambda: CosineSchedule(10, -0.1), r"final_fraction \(-0.1\) must be"),
         (lambda: ExponentialSchedule(0.0), r"decay \(0.0\) must be in \(0, 1\]"),

@@ -5,6 +5,8 @@ K inner steps of a window, S slots, N coordinates.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,14 +27,16 @@ class Imitation(GradientEstimator):
 
     Args:
         epsilon: keeps steps of a teacher that has arrived from counting infinitely.
+        per_group: take that quotient for each group of parameters (conv, linear, …), and their mean. Else the
+            groups with the longest updates hide the others, which may matter as much.
 
     Raises:
         ValueError: if epsilon is not a finite number above 0.
     """
 
-    def __init__(self, epsilon: float = 1e-12) -> None:
+    def __init__(self, epsilon: float = 1e-12, per_group: bool = False) -> None:
         check_positive("epsilon", epsilon)
-        self.epsilon = epsilon
+        self.epsilon, self.per_group = epsilon, per_group
 
     def check_teacher(self, gives: frozenset[str]) -> None:
         """Raise ``ValueError`` if there is no teacher, or only its losses are known."""
@@ -49,18 +53,29 @@ class Imitation(GradientEstimator):
         lost = ~(points.isfinite().all(0).all(-1) & grads.isfinite().all(0).all(-1))
         points = points.masked_fill(lost[:, None], 0.0)
         grads = grads.masked_fill(lost[:, None], 0.0)
+        groups = [*family.spec.groups.values()] if self.per_group else [(slice(0, family.spec.size),)]
         total, update = torch.zeros_like(points[0, :, 0]), torch.zeros_like(points[0])
         state = rule.open_window(points[0], carry.state)
         for k in range(batch.window_length):
             update, state = rule(grads[k], points[k], state)
             target = points[k + 1] - points[k]
-            error = (update - target).square().sum(-1)
-            total = total + error / (target.square().sum(-1) + self.epsilon)
+            total = total + self._relative_error(update, target, groups)
         state = rule.close_window(points[-1], state)
         start_loss = torch.where(carry.start_loss.isnan(), losses[0], carry.start_loss)
         end = Carry(points[-1], state, start_loss, lost)
         surrogate = total.masked_fill(lost, 0.0).mean()
         return Estimate(surrogate, Rollout(end, losses[1:], update.detach().square().mean(-1).sqrt()))
+
+    def _relative_error(self, update: Tensor, target: Tensor, groups: Sequence[tuple[slice, ...]]) -> Tensor:
+        """The mean over groups of ‖update − target‖² / (‖target‖² + ε), (S,)."""
+        errors, sizes = (update - target).square(), target.square()
+        relative = [_sum(errors, group) / (_sum(sizes, group) + self.epsilon) for group in groups]
+        return torch.stack(relative).mean(0)
+
+
+def _sum(values: Tensor, ranges: tuple[slice, ...]) -> Tensor:
+    """The sum over these ranges of coordinates."""
+    return torch.cat([values[..., part] for part in ranges], dim=-1).sum(-1)
 
 
 def _along(family: TaskFamily, points: Tensor, batch: WindowBatch) -> tuple[Tensor, Tensor]:

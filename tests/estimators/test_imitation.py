@@ -7,10 +7,10 @@ import torch
 from conftest import Regression, phi_gradient, small_lstm
 
 from l2l_scale.estimators import Imitation, TruncatedBPTT
-from l2l_scale.optimizers import SGD, Adam
+from l2l_scale.optimizers import SGD, Adam, Grouped
 from l2l_scale.rng import Split
 from l2l_scale.sampling import Schedule, Teacher, WindowSampler
-from l2l_scale.tasks import Quadratic, TaskFamily
+from l2l_scale.tasks import ImageClassifier, Quadratic, TaskFamily
 from l2l_scale.training import MetaTraining, WindowData
 from l2l_scale.unroll import WindowBatch, begin
 
@@ -42,13 +42,31 @@ def test_a_rule_without_updates_has_one_per_inner_step() -> None:
     assert float(estimate.surrogate) == pytest.approx(3, rel=1e-5)
 
 
-def test_the_gradient_is_that_of_finite_differences(double: torch.dtype) -> None:
+def test_per_group_small_parts_count_as_much_as_large_ones() -> None:
+    family, teacher = ImageClassifier(dataset="digits", hidden=(4,), batch_size=8), SGD(learning_rate=0.01)
+    apart = {"linear": SGD(learning_rate=0.01), "bias": SGD(learning_rate=0.0)}
+    rule = Grouped(groups={"linear": ["linear"], "bias": ["bias"]}, rules=apart).for_spec(family.spec)
+    (batch,) = windows(family, Teacher(teacher, iterates=True), 1)
+    start = begin(rule, batch, None)
+    value = float(Imitation(per_group=True)(rule, family, start, batch).surrogate)
+    assert value == pytest.approx(3 / 2, rel=1e-3)  # one of two groups is wrong, and wholly, in 3 inner steps
+    assert float(Imitation(per_group=True)(teacher, family, start, batch).surrogate) <= 1e-3
+
+    theta = family.spec.unflatten(batch.teacher["theta"])
+    steps = {name: value.diff(dim=0).flatten(2).square().sum(-1) for name, value in theta.items()}
+    biases = sum(steps[segment.name] for segment in family.spec.segments if segment.group == "bias")
+    share = (biases / sum(steps.values())).sum(0).mean()
+    assert float(Imitation()(rule, family, start, batch).surrogate) == pytest.approx(float(share), rel=1e-3)
+
+
+@pytest.mark.parametrize("per_group", [False, True])
+def test_the_gradient_is_that_of_finite_differences(double: torch.dtype, per_group: bool) -> None:
     family, rule = Quadratic(dimension=3), small_lstm()
     sampler = WindowSampler(family, SCHEDULE, 0, Split.TRAIN, Teacher(Adam(learning_rate=0.1), iterates=True))
     batch = sampler(1, range(4)).to_batch(torch.float64)
 
     def value() -> torch.Tensor:
-        return Imitation()(rule, family, begin(rule, batch, None), batch).surrogate
+        return Imitation(per_group=per_group)(rule, family, begin(rule, batch, None), batch).surrogate
 
     gradient, step, position = phi_gradient(rule, value()), 1e-6, 0
     for parameter in rule.parameters():

@@ -5,7 +5,7 @@ K inner steps of a window, S slots, N coordinates.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -18,25 +18,29 @@ from l2l_scale.unroll import Carry, Rollout, WindowBatch
 
 
 class Imitation(GradientEstimator):
-    """Σ_k ‖update_k − update_k of the teacher‖² / (‖update_k of the teacher‖² + ε) along the teacher's way.
+    """Σ_k mean_g log(1 + r_kg) along the teacher's way, r_kg = ‖update − teacher's‖² / (‖teacher's‖² + ε).
 
     The rule sees the gradients at the points that the teacher passed and is to do what the teacher did there:
     behaviour cloning, which gives a rule from which meta-training starts well (Chen et al. 2020, "Training
-    stronger baselines for learning to optimize", section 4.2). 0 is perfect; 1 is what a rule without updates
-    has. Losses in metrics are the teacher's. Needs ``data.teacher`` and ``data.teacher_iterates``.
+    stronger baselines for learning to optimize", section 4.2). Losses in metrics are the teacher's. Needs
+    ``data.teacher`` and ``data.teacher_iterates``.
+
+    r_kg is the relative error in inner step k of parameter group g (conv, norm, linear, …): 0 is perfect, 1
+    is what a rule without updates has. Over all groups at once, those with the longest updates would hide
+    the others, which may matter as much. Without the logarithm, steps in which the teacher hardly moves a
+    group would count for more than all others: batch norm's scales, whose first gradients are a hundredth
+    of later ones, had errors of 7,000 that no learning came past.
 
     Args:
         epsilon: keeps steps of a teacher that has arrived from counting infinitely.
-        per_group: take that quotient for each group of parameters (conv, linear, …), and their mean. Else the
-            groups with the longest updates hide the others, which may matter as much.
 
     Raises:
         ValueError: if epsilon is not a finite number above 0.
     """
 
-    def __init__(self, epsilon: float = 1e-12, per_group: bool = False) -> None:
+    def __init__(self, epsilon: float = 1e-12) -> None:
         check_positive("epsilon", epsilon)
-        self.epsilon, self.per_group = epsilon, per_group
+        self.epsilon = epsilon
 
     def check_teacher(self, gives: frozenset[str]) -> None:
         """Raise ``ValueError`` if there is no teacher, or only its losses are known."""
@@ -53,24 +57,24 @@ class Imitation(GradientEstimator):
         lost = ~(points.isfinite().all(0).all(-1) & grads.isfinite().all(0).all(-1))
         points = points.masked_fill(lost[:, None], 0.0)
         grads = grads.masked_fill(lost[:, None], 0.0)
-        groups = [*family.spec.groups.values()] if self.per_group else [(slice(0, family.spec.size),)]
+        groups = family.spec.groups.values()
         total, update = torch.zeros_like(points[0, :, 0]), torch.zeros_like(points[0])
         state = rule.open_window(points[0], carry.state)
         for k in range(batch.window_length):
             update, state = rule(grads[k], points[k], state)
             target = points[k + 1] - points[k]
-            total = total + self._relative_error(update, target, groups)
+            total = total + self._error(update, target, groups)
         state = rule.close_window(points[-1], state)
         start_loss = torch.where(carry.start_loss.isnan(), losses[0], carry.start_loss)
         end = Carry(points[-1], state, start_loss, lost)
         surrogate = total.masked_fill(lost, 0.0).mean()
         return Estimate(surrogate, Rollout(end, losses[1:], update.detach().square().mean(-1).sqrt()))
 
-    def _relative_error(self, update: Tensor, target: Tensor, groups: Sequence[tuple[slice, ...]]) -> Tensor:
-        """The mean over groups of ‖update − target‖² / (‖target‖² + ε), (S,)."""
+    def _error(self, update: Tensor, target: Tensor, groups: Iterable[tuple[slice, ...]]) -> Tensor:
+        """The mean over groups of log(1 + ‖update − target‖² / (‖target‖² + ε)), (S,)."""
         errors, sizes = (update - target).square(), target.square()
         relative = [_sum(errors, group) / (_sum(sizes, group) + self.epsilon) for group in groups]
-        return torch.stack(relative).mean(0)
+        return torch.stack(relative).log1p().mean(0)
 
 
 def _sum(values: Tensor, ranges: tuple[slice, ...]) -> Tensor:

@@ -40,14 +40,14 @@ class Curriculum(ABC):
         """All T that may occur with windows of K inner steps."""
 
     @abstractmethod
-    def place(self, index: int, slot: int, window: int, staggered: bool, seed: int, split: Split) -> Place:
+    def place(self, index: int, slot: int, window: int, stagger: int, seed: int, split: Split) -> Place:
         """Where the (global) slot stands in window ``index``.
 
         Args:
             index: the window counter of the run.
             slot: the slot.
             window: K.
-            staggered: whether slots stand at different points of their trajectories.
+            stagger: windows by which every slot is ahead of the one before it; 0 in lockstep.
             seed: of the streams.
             split: of the streams.
         """
@@ -86,12 +86,12 @@ class StagedHorizons(Curriculum):
         """Those of the stages."""
         return self.stages
 
-    def place(self, index: int, slot: int, window: int, staggered: bool, seed: int, split: Split) -> Place:
+    def place(self, index: int, slot: int, window: int, stagger: int, seed: int, split: Split) -> Place:
         """As within a run that began where the stage did; generations go on from those before."""
         stage = bisect_right(self.starts, index) - 1
         horizon, local = self.stages[stage], index - self.starts[stage]
         count = horizon // window
-        generation, place = divmod(local + (slot % count if staggered else 0), count)
+        generation, place = divmod(local + slot * stagger % count, count)
         before = sum(self._generations(earlier, window) for earlier in range(stage))
         return Place(before + generation, place, horizon, restart=local == 0)
 
@@ -134,11 +134,11 @@ class RandomHorizons(Curriculum):
         quantiles = np.exp(math.log(self.low) + steps * math.log(self.high / self.low))
         return tuple(window * max(1, round(quantile / window)) for quantile in quantiles.tolist())
 
-    def place(self, index: int, slot: int, window: int, staggered: bool, seed: int, split: Split) -> Place:
+    def place(self, index: int, slot: int, window: int, stagger: int, seed: int, split: Split) -> Place:
         """The round that the window falls into, and the trajectory within the round."""
         horizons = self.horizons(window)
         windows = sum(horizons) // window
-        offset = _offset(seed, split, slot, windows) if staggered else 0
+        offset = _offset(seed, split, slot, windows) if stagger else 0
         round_, position = divmod(index + offset, windows)
         order = _order(seed, split, slot, round_, self.strata)
         ends = list(accumulate(horizons[stratum] // window for stratum in order))

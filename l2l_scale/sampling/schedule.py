@@ -32,23 +32,27 @@ class Schedule:
             validation and evaluation use.
         window: K, inner steps per window; must divide the horizon.
         staggered: slots stand at different points of their trajectories at any time, which learns faster
-            than lockstep and shows φ early and late steps in every meta-step. The first trajectory of
-            a slot that starts in the middle is cut short.
+            than lockstep and shows φ early and late steps in every meta-step. A number says by how many
+            windows a slot is ahead of the one before it, true is 1: with few slots of long trajectories
+            only W over the number of slots shows all of a trajectory at once. The first trajectory of
+            a slot that starts in the middle is cut short. (Random horizons have random starts instead.)
         curriculum: other horizons than this one, by the window counter or at random.
 
     Raises:
-        ValueError: if a number is below 1 or the window does not divide a horizon.
+        ValueError: if a number is below 1 (of staggered: below 0) or the window does not divide a horizon.
     """
 
     horizon: int
     window: int
-    staggered: bool = True
+    staggered: bool | int = True
     curriculum: Curriculum | None = None
 
     def __post_init__(self) -> None:
         check_count("horizon", self.horizon)
         check_count("window", self.window)
         check_divides("horizon", self.horizon, self.window)
+        if not isinstance(self.staggered, bool):
+            check_count("staggered", self.staggered, least=0)
         if self.curriculum is not None:
             for horizon in self.curriculum.horizons(self.window):
                 check_divides("curriculum's horizon", horizon, self.window)
@@ -86,9 +90,9 @@ class Schedule:
         return Phase(generation, window, self.horizon, reset=window == 0 or index == 0)
 
 
-def cycle(index: int, slot: int, count: int, staggered: bool) -> tuple[int, int]:
+def cycle(index: int, slot: int, count: int, stagger: int) -> tuple[int, int]:
     """Generation and window of a slot whose trajectories have ``count`` windows each."""
-    return divmod(index + (slot % count if staggered else 0), count)
+    return divmod(index + slot * stagger % count, count)
 
 
 def check_divides(name: str, horizon: int, window: int) -> None:

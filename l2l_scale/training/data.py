@@ -35,7 +35,8 @@ class WindowData(L.LightningDataModule):
         window: K, inner steps per window (= per meta-step); must divide the horizon.
         slots: S, tasks in flight on all ranks together; every rank has as many of them. So the same
             configuration trains the same rule on any number of ranks that divides it.
-        staggered: whether slots stand at different points of their trajectories, which learns faster.
+        staggered: whether slots stand at different points of their trajectories, which learns faster; or by
+            how many windows each is ahead of the one before it, true being 1.
         seed: of the streams of training and validation tasks (their splits keep them apart).
         windows_per_epoch: windows between two validations.
         valid_tasks: held-out tasks of each family that choose the checkpoint.
@@ -57,7 +58,7 @@ class WindowData(L.LightningDataModule):
         horizon: int = 100,
         window: int = 20,
         slots: int = 128,
-        staggered: bool = True,
+        staggered: bool | int = True,
         seed: int = 0,
         windows_per_epoch: int = 100,
         valid_tasks: int = 512,

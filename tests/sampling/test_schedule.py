@@ -24,7 +24,23 @@ def test_staggered_slots_stand_at_all_points_of_their_trajectories_at_any_time()
         assert sorted(windows) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
-@pytest.mark.parametrize("schedule", [STAGGERED, LOCKSTEP])
+def test_few_slots_can_be_spread_over_long_trajectories() -> None:
+    spread, next_to_each_other = (
+        Schedule(horizon=1000, window=10, staggered=25),
+        Schedule(horizon=1000, window=10),
+    )
+    for index in range(0, 300, 7):
+        places = [(index + start) % 100 for start in (0, 25, 50, 75, 0)]
+        assert [spread.phase(index, slot).window for slot in range(5)] == places
+        windows = [next_to_each_other.phase(index, slot).window for slot in range(5)]
+        assert windows == [(index + slot) % 100 for slot in range(5)]
+    assert Schedule(horizon=12, window=3, staggered=0).phase(5, 3) == LOCKSTEP.phase(5, 3)
+    assert Schedule(horizon=12, window=3, staggered=1).phase(5, 3) == STAGGERED.phase(5, 3)
+    with pytest.raises(ValueError, match=r"^staggered \(-1\) must be a whole number >= 0"):
+        Schedule(horizon=12, window=3, staggered=-1)
+
+
+@pytest.mark.parametrize("schedule", [STAGGERED, LOCKSTEP, Schedule(horizon=12, window=3, staggered=2)])
 @pytest.mark.parametrize("slot", [0, 1, 3, 4, 1_000_003])
 def test_a_slot_walks_through_its_trajectory_and_then_takes_the_next(schedule: Schedule, slot: int) -> None:
     phases = [schedule.phase(index, slot) for index in range(20)]

@@ -19,6 +19,8 @@ from l2l_scale.diagnosis.findings import (
     of_sensitivity,
     of_updates,
 )
+from l2l_scale.diagnosis.imitation import Imitated, imitation
+from l2l_scale.diagnosis.imitation_findings import of_imitation
 from l2l_scale.diagnosis.insides_findings import of_insides
 from l2l_scale.diagnosis.meta_gradient import MetaGradient, meta_gradient
 from l2l_scale.diagnosis.saturation import Insides
@@ -37,6 +39,8 @@ class Examination(NamedTuple):
     meta_gradient: MetaGradient | None
     changes: list[Change]
     chaos: Chaos | None
+    imitated: Imitated | None
+    """None too where the run does not imitate."""
     left_out: dict[str, str]
     """What could not be measured, and why."""
 
@@ -91,9 +95,10 @@ def examine(subject: Subject) -> Examination:
     """Measure on one family. What makes no sense for the rule is left out, with the reason."""
     left_out: dict[str, str] = {}
     trajectory, insides = observe(subject)
-    gradient, nudged = None, None
+    gradient, nudged, imitated = None, None, None
     try:
         gradient = meta_gradient(subject)
+        imitated = imitation(subject)
     except ValueError as error:  # the estimator does not fit this rule or this horizon
         left_out["meta-gradient"] = str(error)
     changes = sensitivity(subject)
@@ -101,7 +106,9 @@ def examine(subject: Subject) -> Examination:
         nudged = chaos(subject)
     except RuntimeError as error:  # a rule or a task of one's own that does not compute in double precision
         left_out["chaos"] = f"it does not run in float64: {' '.join(str(error).split())}"
-    return Examination(str(subject.family), trajectory, insides, gradient, changes, nudged, left_out)
+    return Examination(
+        str(subject.family), trajectory, insides, gradient, changes, nudged, imitated, left_out
+    )
 
 
 def findings_of(one: Examination, clip: float | None) -> Iterator[Finding]:
@@ -111,6 +118,8 @@ def findings_of(one: Examination, clip: float | None) -> Iterator[Finding]:
     yield from of_insides(one.insides)
     if one.meta_gradient is not None:
         yield from of_meta_gradient(one.meta_gradient, clip)
+    if one.imitated is not None:
+        yield from of_imitation(one.imitated, one.trajectory.losses)
     yield from of_sensitivity(one.changes)
     if one.chaos is not None:
         yield from of_chaos(one.chaos)

@@ -1,4 +1,4 @@
-"""The picture of a diagnosis: nine panels for one family."""
+"""The picture of a diagnosis: nine panels for one family, and one more across for an imitator."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from l2l_scale.diagnosis.course import Course
 from l2l_scale.diagnosis.diagnose import Examination
+from l2l_scale.diagnosis.imitation import Imitated
 from l2l_scale.diagnosis.report import middle
 from l2l_scale.diagnosis.thresholds import CHAOS_LOOK, CHAOS_PROBLEM
 from l2l_scale.evaluation.plots import LEARNED_COLOURS, TUNED_COLOURS
@@ -30,18 +31,21 @@ def draw(one: Examination, course: Course, monitor: str | None, title: str, path
         title: above the picture.
         path: of the PNG file.
     """
-    figure = Figure(figsize=(15, 11), layout="constrained")
-    axes = figure.subplots(3, 3)
-    _course(axes[0, 0], course, monitor)
-    _gradient_norm(axes[0, 1], course)
-    _losses(axes[0, 2], one)
-    _sizes(axes[1, 0], one)
-    _cosine(axes[1, 1], one)
-    _meta_gradient(axes[1, 2], one)
-    _gates(axes[2, 0], one)
-    _sensitivity(axes[2, 1], one)
-    _chaos(axes[2, 2], one)
-    for ax in axes.flat:
+    rows = ["abc", "def", "ghi"] + ([] if one.imitated is None else ["jjj"])
+    figure = Figure(figsize=(15, 11 * len(rows) / 3), layout="constrained")
+    axes = figure.subplot_mosaic("\n".join(rows))
+    _course(axes["a"], course, monitor)
+    _gradient_norm(axes["b"], course)
+    _losses(axes["c"], one)
+    _sizes(axes["d"], one)
+    _cosine(axes["e"], one)
+    _meta_gradient(axes["f"], one)
+    _gates(axes["g"], one)
+    _sensitivity(axes["h"], one)
+    _chaos(axes["i"], one)
+    if one.imitated is not None:
+        _imitation(axes["j"], one.imitated)
+    for ax in axes.values():
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(which="major", alpha=0.25)
     figure.suptitle(shorten(title, 120, placeholder=" …"), fontsize=13, fontweight="bold")
@@ -104,6 +108,8 @@ def _losses(ax: Axes, one: Examination) -> None:
     for task in range(losses.shape[1]):
         ax.plot(losses[:, task], color=ORANGE if diverged[task] else RED, alpha=0.3, linewidth=1)
     ax.plot(_finite(middle(one.trajectory.losses)), color=RED, linewidth=2.5, label="median over tasks")
+    if one.imitated is not None:
+        ax.plot(_finite(middle(one.imitated.losses)), color=BLUE, linestyle="--", label="its teacher")
     steps = set(one.trajectory.diverged_at.tolist()) - {0}
     for number, step in enumerate(sorted(steps)):
         label = "_" * number + "diverged"  # a label that begins with _ is not shown again
@@ -191,3 +197,14 @@ def _chaos(ax: Axes, one: Examination) -> None:
             ax.axhline(limit, color="black", linestyle="--", linewidth=1, alpha=0.6)
     _log_if_positive(ax, _finite(chaos.growth))
     ax.set(title=heading, xlabel="inner step")
+
+
+def _imitation(ax: Axes, imitated: Imitated) -> None:
+    errors = _finite(imitated.medians)
+    colours = (*TUNED_COLOURS, *LEARNED_COLOURS)
+    for number, group in enumerate(imitated.groups):
+        ax.plot(errors[:, number], color=colours[number % len(colours)], alpha=0.8, linewidth=1, label=group)
+    ax.axhline(1, color="black", linewidth=1, alpha=0.6, label="no updates")
+    _log_if_positive(ax, errors)
+    ax.set(title="error of its updates relative to the teacher's (medians over tasks)", xlabel="inner step")
+    ax.legend(frameon=False, fontsize=8)

@@ -82,6 +82,12 @@ def _examination(one: Examination) -> dict[str, Any]:
         "chaos": None
         if chaos is None
         else {"growth": plain(chaos.medians), "exponent": number(chaos.exponent)},
+        "imitation": None
+        if one.imitated is None
+        else {
+            "teacher_losses": plain(middle(one.imitated.losses)),
+            "errors": dict(zip(one.imitated.groups, plain(one.imitated.medians.T), strict=True)),
+        },
         "left_out": one.left_out,
     }
 

@@ -56,3 +56,9 @@ TRAIN_DIVERGED_LOOK, TRAIN_DIVERGED_PROBLEM = 0.01, 0.3
 """Share of slots that diverged in a window, over the last quarter of the run."""
 CLIPPED_LOOK = 0.9
 """Share of logged meta-steps of the last quarter whose gradient was cut to less than a tenth."""
+
+IMITATION_LOOK, IMITATION_PROBLEM = 0.3, 1.0
+"""Squared error of a group's updates relative to the teacher's, mean over a tenth of the trajectory; without
+updates it is 1."""
+ASTRAY_LOOK = 1.25
+"""Final loss of an imitator alone, relative to the teacher's."""

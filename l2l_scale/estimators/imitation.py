@@ -1,6 +1,6 @@
 """Imitation of a teacher: supervised learning of its updates, as a start for meta-training.
 
-K inner steps of a window, S slots, N coordinates.
+K inner steps of a window, S slots, N coordinates, G parameter groups.
 """
 
 from __future__ import annotations
@@ -52,29 +52,39 @@ class Imitation(GradientEstimator):
 
     def __call__(self, rule: UpdateRule, family: TaskFamily, carry: Carry, batch: WindowBatch) -> Estimate:
         """The mean over slots; where the teacher diverged nothing is learned."""
+        errors, rollout = self.relative_errors(rule, family, carry, batch)
+        total = torch.zeros_like(rollout.carry.start_loss)
+        for error in errors:
+            total = total + error.log1p().mean(0)
+        return Estimate(total.masked_fill(rollout.carry.diverged, 0.0).mean(), rollout)
+
+    def relative_errors(
+        self, rule: UpdateRule, family: TaskFamily, carry: Carry, batch: WindowBatch
+    ) -> tuple[Tensor, Rollout]:
+        """The r_kg of a window, (K, G, S), groups in the order of the family's spec, and how it went.
+
+        Where the teacher diverged, which the carry says, they mean nothing.
+        """
         points = batch.teacher["theta"]
         losses, grads = _along(family, points, batch)
         lost = ~(points.isfinite().all(0).all(-1) & grads.isfinite().all(0).all(-1))
         points = points.masked_fill(lost[:, None], 0.0)
         grads = grads.masked_fill(lost[:, None], 0.0)
         groups = family.spec.groups.values()
-        total, update = torch.zeros_like(points[0, :, 0]), torch.zeros_like(points[0])
+        errors, update = [], torch.zeros_like(points[0])
         state = rule.open_window(points[0], carry.state)
         for k in range(batch.window_length):
             update, state = rule(grads[k], points[k], state)
-            target = points[k + 1] - points[k]
-            total = total + self._error(update, target, groups)
+            errors.append(self._relative(update, points[k + 1] - points[k], groups))
         state = rule.close_window(points[-1], state)
         start_loss = torch.where(carry.start_loss.isnan(), losses[0], carry.start_loss)
         end = Carry(points[-1], state, start_loss, lost)
-        surrogate = total.masked_fill(lost, 0.0).mean()
-        return Estimate(surrogate, Rollout(end, losses[1:], update.detach().square().mean(-1).sqrt()))
+        return torch.stack(errors), Rollout(end, losses[1:], update.detach().square().mean(-1).sqrt())
 
-    def _error(self, update: Tensor, target: Tensor, groups: Iterable[tuple[slice, ...]]) -> Tensor:
-        """The mean over groups of log(1 + ‖update − target‖² / (‖target‖² + ε)), (S,)."""
+    def _relative(self, update: Tensor, target: Tensor, groups: Iterable[tuple[slice, ...]]) -> Tensor:
+        """‖update − target‖² / (‖target‖² + ε) of every group, (G, S)."""
         errors, sizes = (update - target).square(), target.square()
-        relative = [_sum(errors, group) / (_sum(sizes, group) + self.epsilon) for group in groups]
-        return torch.stack(relative).log1p().mean(0)
+        return torch.stack([_sum(errors, group) / (_sum(sizes, group) + self.epsilon) for group in groups])
 
 
 def _sum(values: Tensor, ranges: tuple[slice, ...]) -> Tensor:

@@ -26,6 +26,20 @@ data:
         small: {family: {class_path: Quadratic, init_args: {dimension: 2}}}
         large: {family: {class_path: Quadratic, init_args: {dimension: 4}}}
 """
+IMITATION = """
+model:
+  rule: {class_path: CoordinatewiseLSTM, init_args: {hidden_size: 4}}
+  estimator: Imitation
+data:
+  family: {class_path: ImageClassifier, init_args: {dataset: digits, hidden: [4], batch_size: 8}}
+  horizon: 20
+  window: 5
+  slots: 2
+  windows_per_epoch: 2
+  teacher: {class_path: Adam, init_args: {learning_rate: 0.01}}
+  teacher_iterates: true
+trainer: {max_steps: 2}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +115,20 @@ def test_a_mixture_is_looked_at_family_by_family(tmp_path, capsys):
     assert {finding["family"] for finding in report["findings"]} == {"small", "large", ""}
     assert (tmp_path / "run" / "diagnosis" / "diagnosis-large.png").is_file()
     assert "small" in capsys.readouterr().out
+
+
+def test_an_imitator_is_compared_with_its_teacher(tmp_path, capsys):
+    (tmp_path / "imitation.yaml").write_text(IMITATION)
+    run = tmp_path / "run"
+    main(["fit", "-c", str(tmp_path / "imitation.yaml"), QUIET, "--run_dir", str(run)])
+    main(["diagnose", str(run), "--tasks=2"])
+    report = json.loads((run / "diagnosis" / "diagnosis.json").read_text())
+    imitation = report["families"][""]["imitation"]
+    assert imitation["errors"].keys() == {"linear", "bias"}
+    assert [len(errors) for errors in imitation["errors"].values()] == [20, 20]
+    assert len(imitation["teacher_losses"]) == 20
+    assert {"imitation", "own way"} <= {finding["subject"] for finding in report["findings"]}
+    assert "data.staggered 2" in " ".join(capsys.readouterr().out.split())
 
 
 def fails(arguments: list[str], capsys) -> str:

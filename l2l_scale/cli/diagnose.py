@@ -74,8 +74,9 @@ def run(arguments: list[str]) -> None:
     parser = ArgumentParser(
         exit_on_error=False,
         description="Explain how a meta-learner does: meta-gradients by phase, divergence, saturation, sizes "
-        "of updates, sensitivity, imitation of a teacher, and the course of the run. The rule of the last checkpoint is looked at, "
-        "or rule.safetensors where there is none. Writes diagnosis.png, diagnosis.md and diagnosis.json.",
+        "of updates, sensitivity, imitation of a teacher, and the course of the run. The rule of the last "
+        "checkpoint is looked at, or rule.safetensors where there is none. Writes diagnosis.png, "
+        "diagnosis.md and diagnosis.json.",
     )
     parser.add_argument("-c", "--config", action="config", help="a YAML file with these options")
     parser.add_argument("run", type=str, help="a run folder")

@@ -49,8 +49,9 @@ def choose_folder(wish: str | None, name: str, checkpoint: str | None, overwrite
     own = (folder / "checkpoints").resolve()
     resumes = checkpoint == "last" or (checkpoint is not None and Path(checkpoint).resolve().parent == own)
     if folder.exists() and any(folder.iterdir()) and not resumes and not overwrite:
+        other = f", and ckpt_path ({checkpoint}) is none of its checkpoints" if checkpoint else ""
         raise ValueError(
-            f"run_dir ({folder}) is not empty; resume it with --ckpt_path last, replace it with "
+            f"run_dir ({folder}) is not empty{other}; resume it with --ckpt_path last, replace it with "
             "--overwrite true, or choose another folder"
         )
     os.environ[RUN_DIR_VARIABLE] = str(folder)

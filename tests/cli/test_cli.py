@@ -332,8 +332,10 @@ def test_processes_that_others_started_must_be_told_the_folder(names, tmp_path, 
     (tmp_path / "run" / "file").touch()  # rank 0's, which may be quicker
     assert choose_folder("run", "run", checkpoint=None, overwrite=False) == Path("run")
     monkeypatch.setenv(names[0], "0")
-    with pytest.raises(ValueError, match="not empty"):
+    with pytest.raises(ValueError, match="not empty; resume"):
         choose_folder("run", "run", checkpoint=None, overwrite=False)
+    with pytest.raises(ValueError, match=r"ckpt_path \(elsewhere\) is none of its checkpoints; resume"):
+        choose_folder("run", "run", checkpoint="elsewhere", overwrite=False)
 
 
 def test_two_processes_do_not_train_in_one_folder(trained, tmp_path, capsys, monkeypatch):

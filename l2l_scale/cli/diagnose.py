@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +18,14 @@ from rich.text import Text
 from l2l_scale.cli.experiment import Reader
 from l2l_scale.cli.export import find_class, meta_steps_of, read_rule
 from l2l_scale.cli.run_list import is_run
+from l2l_scale.cores import available_cores
 from l2l_scale.deploy import classes_of
 from l2l_scale.diagnosis import Diagnosis, Finding, Subject, diagnose
 from l2l_scale.diagnosis.course import read_course
 from l2l_scale.diagnosis.diagnose import Run
 from l2l_scale.diagnosis.picture import draw
 from l2l_scale.diagnosis.report import write_report
+from l2l_scale.evaluation.jobs import Runner, progress_display
 from l2l_scale.optimizers import UpdateRule
 from l2l_scale.rng import Split
 from l2l_scale.training.checkpoints.shelf import LAST, has_checkpoint
@@ -32,6 +35,8 @@ WIDTH = 140
 """Of the table where it is not shown in a terminal."""
 FEW = 40_000
 """Coordinates of all tasks together, if the number of tasks is not given."""
+QUICK = 2_000_000
+"""Updates of coordinates, on all tasks together, for which one process is enough."""
 
 
 class RunConfig(Reader):
@@ -96,6 +101,12 @@ def run(arguments: list[str]) -> None:
         help="held-out tasks, or those of training",
     )
     parser.add_argument(
+        "--num_workers",
+        type=PositiveInt | None,
+        default=None,
+        help="processes; one per CPU core if not given, or only this one where that is quick",
+    )
+    parser.add_argument(
         "--out", type=str | None, default=None, help="folder to write; RUN/diagnosis if not given"
     )
     parser.add_argument(
@@ -110,7 +121,9 @@ def run(arguments: list[str]) -> None:
     rule = read_rule(source, classes)
     split = Split.TRAIN if options.split == "train" else Split.VALID
     subjects, about = config.subjects(rule, split, options.tasks), config.run(folder)
-    diagnosis = diagnose(subjects, about)
+    workers = options.num_workers or default_workers(subjects.values())
+    with progress_display() as progress:
+        diagnosis = diagnose(subjects, about, Runner(workers, progress))
     settings = describe(folder, source, subjects, config, options)
     out = Path(options.out) if options.out else folder / "diagnosis"
     pictures = write(diagnosis, about, settings, out)
@@ -121,8 +134,13 @@ def run(arguments: list[str]) -> None:
 
 
 def default_tasks(size: int) -> int:
-    """So many tasks of ``size`` coordinates as take a minute or less; two at least, to see a spread."""
+    """Fewer tasks the more coordinates they have; two at least, to see a spread."""
     return min(max(FEW // size, 2), 8)
+
+
+def default_workers(subjects: Iterable[Subject]) -> int:
+    """One per core; one in all where starting others takes longer than the work."""
+    return available_cores() if sum(subject.work for subject in subjects) > QUICK else 1
 
 
 def check_run(folder: Path) -> None:

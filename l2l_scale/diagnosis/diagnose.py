@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from l2l_scale.cores import one_thread
 from l2l_scale.diagnosis.course import Course
 from l2l_scale.diagnosis.course_findings import of_course
+from l2l_scale.diagnosis.examination import Examination, examine_all
 from l2l_scale.diagnosis.finding import Finding
 from l2l_scale.diagnosis.findings import (
     of_chaos,
@@ -19,30 +18,10 @@ from l2l_scale.diagnosis.findings import (
     of_sensitivity,
     of_updates,
 )
-from l2l_scale.diagnosis.imitation import Imitated, imitation
 from l2l_scale.diagnosis.imitation_findings import of_imitation
 from l2l_scale.diagnosis.insides_findings import of_insides
-from l2l_scale.diagnosis.meta_gradient import MetaGradient, meta_gradient
-from l2l_scale.diagnosis.saturation import Insides
-from l2l_scale.diagnosis.sensitivity import Change, Chaos, chaos, sensitivity
 from l2l_scale.diagnosis.subject import Subject
-from l2l_scale.diagnosis.trajectory import Trajectory, observe
-
-
-class Examination(NamedTuple):
-    """What was measured on one family."""
-
-    family: str
-    """What it prints as."""
-    trajectory: Trajectory
-    insides: Insides
-    meta_gradient: MetaGradient | None
-    changes: list[Change]
-    chaos: Chaos | None
-    imitated: Imitated | None
-    """None too where the run does not imitate."""
-    left_out: dict[str, str]
-    """What could not be measured, and why."""
+from l2l_scale.evaluation.jobs import Runner
 
 
 class Diagnosis(NamedTuple):
@@ -69,17 +48,16 @@ class Run(NamedTuple):
     """The norm that gradients of φ are cut to."""
 
 
-def diagnose(subjects: Mapping[str, Subject], run: Run) -> Diagnosis:
+def diagnose(subjects: Mapping[str, Subject], run: Run, runner: Runner | None = None) -> Diagnosis:
     """Measure, and find.
 
     Args:
         subjects: the rule on each family of the run, by the family's name.
         run: its metrics and settings.
+        runner: of the measurements; this process if not given.
     """
     start = time.perf_counter()
-    with one_thread(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-        examinations = {name: examine(subject) for name, subject in subjects.items()}
+    examinations = examine_all(subjects, runner or Runner(num_workers=1))
     first = next(iter(subjects.values()))
     finite = all(bool(value.isfinite().all()) for value in first.rule.parameters())
     findings = list(of_phi(finite))
@@ -89,26 +67,6 @@ def diagnose(subjects: Mapping[str, Subject], run: Run) -> Diagnosis:
     order = {"problem": 0, "look": 1, "ok": 2}
     findings.sort(key=lambda finding: order[finding.severity])
     return Diagnosis(findings, examinations, run.course, first, time.perf_counter() - start)
-
-
-def examine(subject: Subject) -> Examination:
-    """Measure on one family. What makes no sense for the rule is left out, with the reason."""
-    left_out: dict[str, str] = {}
-    trajectory, insides = observe(subject)
-    gradient, nudged, imitated = None, None, None
-    try:
-        gradient = meta_gradient(subject)
-        imitated = imitation(subject)
-    except ValueError as error:  # the estimator does not fit this rule or this horizon
-        left_out["meta-gradient"] = str(error)
-    changes = sensitivity(subject)
-    try:
-        nudged = chaos(subject)
-    except RuntimeError as error:  # a rule or a task of one's own that does not compute in double precision
-        left_out["chaos"] = f"it does not run in float64: {' '.join(str(error).split())}"
-    return Examination(
-        str(subject.family), trajectory, insides, gradient, changes, nudged, imitated, left_out
-    )
 
 
 def findings_of(one: Examination, clip: float | None) -> Iterator[Finding]:

@@ -178,7 +178,7 @@ def of_chaos(chaos: Chaos) -> Iterator[Finding]:
     largest, at = float(chaos.medians.max()), int(chaos.medians.argmax())
     text = (
         f"a tiny change of θ_0 grows to {largest:.2g} × (inner step {at}); exponent per inner step "
-        f"{chaos.exponent:+.3f} over the trajectory"
+        f"{chaos.exponent:+.3f} over {len(chaos.growth)} inner steps"
     )
     severity = graded(largest, CHAOS_LOOK, CHAOS_PROBLEM)
     advice = (

@@ -45,19 +45,14 @@ class Imitated(NamedTuple):
 
 
 def imitation(subject: Subject) -> Imitated | None:
-    """Compare with the teacher on all tasks; None if the run does not imitate.
-
-    Raises:
-        ValueError: if it has no teacher, or only the teacher's losses.
-    """
+    """Compare with the teacher on all tasks; None if the run does not imitate, or not points."""
     estimator, plain = subject.estimator, subject.schedule.plain()
-    if not isinstance(estimator, Imitation):
+    if not isinstance(estimator, Imitation) or subject.teacher is None or not subject.teacher.iterates:
         return None
-    estimator.check_teacher(frozenset() if subject.teacher is None else subject.teacher.gives)
     rule, family = subject.fast_rule, subject.split_family
     carry: Carry | None = None
     errors, losses = [], []
-    for batch in subject.windows():
+    for batch in subject.windows(taught=True):
         carry = begin(rule, batch, carry)
         with torch.no_grad():
             found, rollout = estimator.relative_errors(rule, family, carry, batch)

@@ -35,16 +35,16 @@ def _of_gates(gates: tuple[Gate, ...]) -> Iterator[Finding]:
         if severity == "ok" or (keeps and severity == "look"):
             continue
         fine = False
-        where = f"{gate.name} {'units' if gate.name == 'unit' else 'gate'} of layer {gate.layer}"
+        where = f"{gate.name} {'units' if gate.name == 'unit' else 'gate'} of layer {gate.place}"
         shares = f"{gate.low:.0%} closed, {gate.high:.0%} open"
         yield Finding(severity, "gates", f"{where} saturated: {shares}", advice)
     if fine:
         worst = max(gates, key=lambda gate: gate.saturated)
-        where = f"{worst.name} of layer {worst.layer}, {worst.saturated:.0%}"
+        where = f"{worst.name} of layer {worst.place}, {worst.saturated:.0%}"
         yield Finding("ok", "gates", f"no gate is stuck; most at their limits: {where}")
 
 
-def _of_still_units(shares: dict[int, float]) -> Iterator[Finding]:
+def _of_still_units(shares: dict[str, float]) -> Iterator[Finding]:
     for layer, share in shares.items():
         severity = graded(share, STILL_LOOK, STILL_PROBLEM)
         if severity != "ok":

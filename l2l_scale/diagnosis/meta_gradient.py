@@ -90,8 +90,8 @@ def meta_gradient(subject: Subject) -> MetaGradient:
     gradients = torch.full(shape, torch.nan, dtype=torch.float64)
     for task in range(subject.num_tasks):
         carry: Carry | None = None
-        for place, batch in enumerate(subject.windows(range(task, task + 1))):
-            carry = begin(subject.rule, batch, carry)
+        for place, batch in enumerate(subject.windows(range(task, task + 1), taught=True)):
+            carry = begin(rule, batch, carry)
             estimate = subject.estimator(rule, family, carry, batch)
             carry = tree_detach(estimate.rollout.carry)
             assert carry is not None

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from l2l_scale.diagnosis.course import Course
-from l2l_scale.diagnosis.diagnose import Examination
+from l2l_scale.diagnosis.examination import Examination
 from l2l_scale.diagnosis.imitation import Imitated
 from l2l_scale.diagnosis.report import middle
 from l2l_scale.diagnosis.thresholds import CHAOS_LOOK, CHAOS_PROBLEM
@@ -163,7 +163,7 @@ def _gates(ax: Axes, one: Examination) -> None:
     low, high = np.array([gate.low for gate in gates]), np.array([gate.high for gate in gates])
     ax.barh(places, low, color=BLUE, label="closed (tanh: silent)")
     ax.barh(places, high, left=low, color=ORANGE, label="open (tanh: saturated)")
-    ax.set_yticks(places, [f"{gate.name} {gate.layer}" for gate in gates], fontsize=8)
+    ax.set_yticks(places, [f"{gate.name} {gate.place}" for gate in gates], fontsize=8)
     ax.invert_yaxis()
     head = "" if one.insides.head is None else f"; head {one.insides.head:.0%}"
     ax.set(title=heading + head, xlabel="share of activations", xlim=(0, 1))

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l2l_scale.diagnosis.diagnose import Diagnosis, Examination
+from l2l_scale.diagnosis.diagnose import Diagnosis
+from l2l_scale.diagnosis.examination import Examination
 from l2l_scale.diagnosis.finding import Finding
 from l2l_scale.evaluation.report import median
 from l2l_scale.files import write_atomically

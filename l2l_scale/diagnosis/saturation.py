@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from l2l_scale.diagnosis.thresholds import GATE_CLOSED, GATE_OPEN, HEAD_SATURATED, STILL
 from l2l_scale.optimizers import CoordinatewiseLSTM, SharedMemory, TanhExp, UpdateRule
 from l2l_scale.optimizers.cells import LSTMCell, lstm_gates
+from l2l_scale.optimizers.grouped import BoundGroups
 from l2l_scale.optimizers.recurrent import CoordinatewiseRecurrent, GRUCell, RNNCell
 
 
@@ -29,6 +31,13 @@ class Gate(NamedTuple):
     """Share of activations below GATE_CLOSED."""
     high: float
     """Share of activations above GATE_OPEN."""
+    part: str = ""
+    """The rule's name, if it is one of a grouped rule's."""
+
+    @property
+    def place(self) -> str:
+        """The layer, with the part's name."""
+        return f"{self.part} {self.layer}".strip()
 
     @property
     def saturated(self) -> float:
@@ -41,8 +50,8 @@ class Insides(NamedTuple):
 
     gates: tuple[Gate, ...]
     """Empty where the rule has no known cells."""
-    still_units: dict[int, float]
-    """By layer: share of the units whose activation was the same all along, at every coordinate."""
+    still_units: dict[str, float]
+    """By :attr:`Gate.place`: share of the units whose activation was always and everywhere the same."""
     head: float | None
     """Share of |tanh(o₁)| above HEAD_SATURATED; None where there is no such head."""
 
@@ -68,34 +77,44 @@ class Tally:
 
 
 class Watch:
-    """Gathers what hooks see; :meth:`insides` is the sum."""
+    """Gathers what hooks see in some inner steps; :meth:`insides` is the sum.
 
-    def __init__(self) -> None:
-        self.gates: dict[tuple[int, str], Tally] = {}
-        self.lowest: dict[int, Tensor] = {}
-        self.highest: dict[int, Tensor] = {}
-        self.head = Tally(0.0, HEAD_SATURATED)
+    Args:
+        every: of how many inner steps one is seen, from the first on.
+    """
 
-    def cell(self, layer: int, cell: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        """See one step of a layer."""
+    def __init__(self, every: int = 1) -> None:
+        self.every, self.step = every, 0
+        self.gates: dict[tuple[str, int, str], Tally] = {}
+        self.lowest: dict[tuple[str, int], Tensor] = {}
+        self.highest: dict[tuple[str, int], Tensor] = {}
+        self.heads = Tally(0.0, HEAD_SATURATED)
+
+    @property
+    def sees(self) -> bool:
+        """Whether this inner step is seen."""
+        return self.step % self.every == 0
+
+    def cell(self, place: tuple[str, int], cell: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        """See one step of a layer of a part."""
         x, state = inputs[:2]
         hidden: Tensor = output[0] if isinstance(cell, LSTMCell) else output
         for name, values in gates_of(cell, x, state, hidden).items():
-            known = self.gates.setdefault((layer, name), Tally(GATE_CLOSED, GATE_OPEN))
+            known = self.gates.setdefault((*place, name), Tally(GATE_CLOSED, GATE_OPEN))
             known.add(values.abs())
         flat = hidden.reshape(-1, hidden.shape[-1]).nan_to_num()
         low, high = flat.amin(0), flat.amax(0)
-        self.lowest[layer] = torch.minimum(self.lowest.get(layer, low), low)
-        self.highest[layer] = torch.maximum(self.highest.get(layer, high), high)
+        self.lowest[place] = torch.minimum(self.lowest.get(place, low), low)
+        self.highest[place] = torch.maximum(self.highest.get(place, high), high)
 
     def insides(self) -> Insides:
         """Everything so far."""
         still = {
-            layer: float((self.highest[layer] - low < STILL).double().mean())
-            for layer, low in self.lowest.items()
+            f"{part} {layer}".strip(): float((self.highest[part, layer] - low < STILL).double().mean())
+            for (part, layer), low in self.lowest.items()
         }
-        gates = (Gate(*key, *tally.shares) for key, tally in self.gates.items())
-        return Insides(tuple(gates), still, self.head.shares[1] if self.head.counts[2] else None)
+        gates = [Gate(layer, name, *one.shares, part) for (part, layer, name), one in self.gates.items()]
+        return Insides(tuple(gates), still, self.heads.shares[1] if self.heads.counts[2] else None)
 
 
 def gates_of(cell: nn.Module, x: Tensor, state: Any, hidden: Tensor) -> dict[str, Tensor]:
@@ -116,27 +135,37 @@ def gates_of(cell: nn.Module, x: Tensor, state: Any, hidden: Tensor) -> dict[str
 
 
 @contextmanager
-def watching(rule: UpdateRule) -> Iterator[Watch]:
-    """Watch the cells and the head of a rule that is computed op by op; nothing of it is changed."""
-    watch, handles = Watch(), []
-    cells = [module for module in rule.modules() if isinstance(module, LSTMCell | GRUCell | RNNCell)]
-    for layer, cell in enumerate(cells, 1):
+def watching(rule: UpdateRule, every: int = 1) -> Iterator[Watch]:
+    """Watch the cells and heads of a rule that is computed op by op; nothing of it is changed.
 
-        def see(cell: nn.Module, inputs: tuple[Any, ...], output: Any, layer: int = layer) -> None:
-            watch.cell(layer, cell, inputs, output)
-
-        handles.append(cell.register_forward_hook(see))
-    if _has_tanh_head(rule):
-
-        def see_outputs(_: nn.Module, __: Any, outputs: Tensor) -> None:
-            watch.head.add(outputs[..., 0].tanh().abs())
-
-        handles.append(rule.get_submodule("output").register_forward_hook(see_outputs))
+    Args:
+        rule: bound to its task.
+        every: see one of so many inner steps; who runs the rule counts them in :attr:`Watch.step`.
+    """
+    watch, handles = Watch(every), []
+    for part, one in (rule.parts if isinstance(rule, BoundGroups) else {"": rule}).items():
+        cells = [module for module in one.modules() if isinstance(module, LSTMCell | GRUCell | RNNCell)]
+        for layer, cell in enumerate(cells, 1):
+            handles.append(cell.register_forward_hook(partial(_see_cell, watch, (part, layer))))
+        if _has_tanh_head(one):
+            handles.append(one.get_submodule("output").register_forward_hook(partial(_see_outputs, watch)))
     try:
         yield watch
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _see_cell(
+    watch: Watch, place: tuple[str, int], cell: nn.Module, inputs: tuple[Any, ...], output: Any
+) -> None:
+    if watch.sees:
+        watch.cell(place, cell, inputs, output)
+
+
+def _see_outputs(watch: Watch, _: nn.Module, __: Any, outputs: Tensor) -> None:
+    if watch.sees:
+        watch.heads.add(outputs[..., 0].tanh().abs())
 
 
 def _has_tanh_head(rule: UpdateRule) -> bool:

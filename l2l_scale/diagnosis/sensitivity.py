@@ -25,6 +25,8 @@ UPDATE_SCALES = (0.5, 0.9, 1.1, 2.0)
 GRADIENT_SCALES = (0.1, 10.0)
 NUDGE = 1e-7
 """Size of the perturbation of θ_0, relative to its root mean square (or to 1, if that is smaller)."""
+FOLLOWED = 5_000_000
+"""Updates of coordinates that are followed in float64, which is slow; of longer trajectories the start is."""
 _FLOOR = 1e-6
 """A final loss counts as at least this part of the first one: below is rounding in float32."""
 
@@ -97,7 +99,8 @@ def compare(what: str, factor: float, before: Tensor, after: Tensor) -> Change:
 def chaos(subject: Subject) -> Chaos:
     """Follow every task twice, from θ_0 and from beside it, in float64."""
     rule, growth = copy.deepcopy(subject.own_rule).double(), []
-    windows = [_twice(batch) for batch in subject.windows(dtype=torch.float64)]
+    few = max(subject.schedule.plain().windows_per_trajectory * FOLLOWED // max(subject.work, FOLLOWED), 1)
+    windows = [_twice(batch) for batch in subject.windows(dtype=torch.float64)[:few]]
     size, count = windows[0].theta0.shape[1], subject.num_tasks
     directions = [
         stream(subject.seed, subject.split, Channel.NOISE, task).standard_normal(size)

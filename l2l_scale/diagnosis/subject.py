@@ -81,16 +81,24 @@ class Subject:
         """That of φ."""
         return next((parameter.dtype for parameter in self.rule.parameters()), torch.float32)
 
-    def windows(self, tasks: range | None = None, dtype: torch.dtype | None = None) -> list[WindowBatch]:
+    @property
+    def work(self) -> int:
+        """N · S · T: how often a coordinate is updated."""
+        return self.family.spec.size * self.num_tasks * self.schedule.horizon
+
+    def windows(
+        self, tasks: range | None = None, dtype: torch.dtype | None = None, taught: bool = False
+    ) -> list[WindowBatch]:
         """The windows of one trajectory on each task.
 
         Args:
             tasks: only these; all S if not given.
             dtype: of floats; that of φ if not given.
+            taught: with what the teacher does on them, which costs as much as a trajectory.
         """
-        plain = self.schedule.plain()
+        plain, teacher = self.schedule.plain(), self.teacher if taught else None
         family = self.family.for_split(self.split)
-        sampler = WindowSampler(family, plain, self.seed, self.split, self.teacher)
+        sampler = WindowSampler(family, plain, self.seed, self.split, teacher)
         tasks = range(self.num_tasks) if tasks is None else tasks
         return [
             sampler(index, tasks).to_batch(dtype or self.dtype)

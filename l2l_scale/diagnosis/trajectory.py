@@ -17,6 +17,10 @@ from l2l_scale.evaluation.report import is_above
 from l2l_scale.optimizers.base import UpdateRule
 from l2l_scale.tree import Tree
 
+WATCHED = 5_000_000
+"""Updates of coordinates that are watched from inside, which costs more than they do; where there are more,
+only every second, third, … inner step is."""
+
 Look: TypeAlias = Callable[[Tensor, Tensor, Tensor], None]
 """Sees gradient, θ and update of an inner step, (S, N) each."""
 
@@ -57,15 +61,17 @@ class Watched(Wrapped):
 def observe(subject: Subject) -> tuple[Trajectory, Insides]:
     """Follow the rule, and watch its cells and its head meanwhile."""
     steps: list[tuple[Tensor, ...]] = []
+    every = -(-subject.work // WATCHED)
 
     def look(grad: Tensor, theta: Tensor, update: Tensor) -> None:
         grad, theta, update = grad.double(), theta.double(), update.double()
         dot = -(grad * update).mean(-1)
         sizes = [value.square().mean(-1).sqrt() for value in (update, grad, theta)]
         steps.append((*sizes, dot / (sizes[0] * sizes[1])))
+        watch.step = len(steps)
 
     rule = subject.own_rule
-    with watching(rule) as watch:
+    with watching(rule, every) as watch:
         losses = follow(Watched(rule, look), subject.split_family, subject.windows())
     update, gradient, theta, cosine = (torch.stack(column) for column in zip(*steps, strict=True))
     high = is_high(losses)

@@ -10,9 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from l2l_scale.cli.diagnose import default_tasks
+from l2l_scale.cli.diagnose import default_tasks, default_workers
 from l2l_scale.cli.main import main
 from l2l_scale.deploy import load_rule, save_rule
+from l2l_scale.diagnosis import Subject
+from l2l_scale.estimators import TruncatedBPTT
+from l2l_scale.optimizers import SGD
+from l2l_scale.sampling import Schedule
+from l2l_scale.tasks import Quadratic
 
 ROOT = Path(__file__).parents[2]
 SMOKE = str(ROOT / "configs" / "smoke.yaml")
@@ -145,6 +150,18 @@ def test_what_is_no_run_is_refused(tmp_path, trained, capsys):
     assert "is no run folder" in fails(["diagnose", str(tmp_path)], capsys)
     assert "no.safetensors" in fails(["diagnose", str(trained), "--rule=no.safetensors"], capsys)
     assert "tasks" in fails(["diagnose", str(trained), "--tasks=0"], capsys)
+
+
+def test_much_work_is_spread_over_the_cores(monkeypatch):
+    monkeypatch.setattr("l2l_scale.cli.diagnose.available_cores", lambda: 7)
+    few = Subject(
+        rule=SGD(learning_rate=0.1),
+        family=Quadratic(dimension=10),
+        schedule=Schedule(horizon=100, window=20),
+        estimator=TruncatedBPTT(),
+    )
+    assert default_workers([few]) == 1
+    assert default_workers([few] * 251) == 7
 
 
 def test_large_tasks_are_fewer():

@@ -13,19 +13,22 @@ from torch import nn
 from l2l_scale.diagnosis import Subject
 from l2l_scale.diagnosis.course import Series, flat_since, read_course
 from l2l_scale.diagnosis.course_findings import of_course
-from l2l_scale.diagnosis.diagnose import Run, diagnose, examine, findings_of
+from l2l_scale.diagnosis.diagnose import Run, diagnose, findings_of
+from l2l_scale.diagnosis.examination import examine
 from l2l_scale.diagnosis.finding import graded
 from l2l_scale.diagnosis.meta_gradient import MetaGradient, meta_gradient
-from l2l_scale.diagnosis.saturation import Gate
+from l2l_scale.diagnosis.saturation import Gate, Tally
 from l2l_scale.diagnosis.sensitivity import Scaled, chaos, compare, sensitivity
 from l2l_scale.diagnosis.subject import follow
 from l2l_scale.diagnosis.trajectory import observe
 from l2l_scale.estimators import Imitation, LogLoss, TruncatedBPTT
+from l2l_scale.evaluation.jobs import Runner
 from l2l_scale.optimizers import (
     SGD,
     CoordinatewiseGRU,
     CoordinatewiseLSTM,
     CoordinatewiseRNN,
+    Grouped,
     SharedMemory,
     SteeredMemory,
     TanhExp,
@@ -33,7 +36,7 @@ from l2l_scale.optimizers import (
 )
 from l2l_scale.rng import Split
 from l2l_scale.sampling import Schedule, WindowSampler
-from l2l_scale.tasks import Quadratic, TaskFamily
+from l2l_scale.tasks import ImageClassifier, Quadratic, TaskFamily
 from l2l_scale.unroll import begin
 
 
@@ -143,7 +146,7 @@ def test_saturation_of_gru_and_plain_units_is_measured():
         Gate(1, "update", 1.0, 0.0),
         Gate(1, "candidate", 1.0, 0.0),
     )
-    assert inside.still_units == {1: 1.0}
+    assert inside.still_units == {"1": 1.0}
     plain = CoordinatewiseRNN(hidden_size=4, layers=1)
     for weight in plain.cells.parameters():
         nn.init.zeros_(weight)
@@ -250,6 +253,49 @@ def test_every_rule_can_be_looked_at(rule):
     left_out = diagnosis.examinations[""].left_out
     assert left_out == ({"meta-gradient": "the rule has no φ"} if isinstance(rule, SGD) else {})
     assert not any("SGD" in finding.text for finding in diagnosis.findings)
+
+
+GROUPED = Grouped(
+    rules={"linear": CoordinatewiseLSTM(hidden_size=4, layers=1, head=TanhExp()), "bias": Descent()},
+    groups={"linear": ["linear"], "bias": ["bias"]},
+)
+DIGITS = ImageClassifier(dataset="digits", hidden=(4,), batch_size=8)
+
+
+def test_of_a_grouped_rule_everything_is_measured_part_by_part():
+    one = examine(subject(GROUPED, DIGITS, num_tasks=2))
+    assert one.left_out == {}
+    assert bool(one.meta_gradient.norms.isfinite().all())
+    assert {gate.place for gate in one.insides.gates} == {"linear 1"}
+    assert one.insides.still_units.keys() == {"linear 1"}
+    assert one.insides.head is not None
+
+
+def test_processes_change_nothing():
+    subjects = {"a": subject(GROUPED, DIGITS, num_tasks=2), "b": subject(SGD(learning_rate=0.01))}
+    here = diagnose(subjects, Run(course={}))
+    there = diagnose(subjects, Run(course={}), Runner(num_workers=2))
+    assert here.findings == there.findings
+    for name in subjects:
+        assert torch.equal(
+            here.examinations[name].trajectory.losses, there.examinations[name].trajectory.losses
+        )
+
+
+def test_of_much_work_fewer_steps_are_watched_and_the_start_is_followed(monkeypatch):
+    rule, seen = small_lstm(), []
+    monkeypatch.setattr(Tally, "add", lambda self, values: seen.append(values))
+    observe(subject(rule))
+    assert len(seen) == 20 * 2 * 4  # inner steps, layers, gates
+    seen.clear()
+    monkeypatch.setattr("l2l_scale.diagnosis.trajectory.WATCHED", subject(rule).work // 3)
+    observe(subject(rule))
+    assert len(seen) == 7 * 2 * 4  # 0, 3, …, 18
+    whole = chaos(subject(rule)).growth
+    monkeypatch.setattr("l2l_scale.diagnosis.sensitivity.FOLLOWED", subject(rule).work // 2)
+    assert torch.equal(chaos(subject(rule)).growth, whole[:10])
+    monkeypatch.setattr("l2l_scale.diagnosis.sensitivity.FOLLOWED", 1)
+    assert torch.equal(chaos(subject(rule)).growth, whole[:5])  # a window is the least
 
 
 def test_an_estimator_that_does_not_fit_is_left_out():

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from l2l_scale.diagnosis import Finding, Subject
-from l2l_scale.diagnosis.diagnose import examine, findings_of
+from l2l_scale.diagnosis.diagnose import findings_of
+from l2l_scale.diagnosis.examination import examine
 from l2l_scale.diagnosis.imitation import imitation
 from l2l_scale.diagnosis.subject import follow
 from l2l_scale.estimators import Imitation, TruncatedBPTT

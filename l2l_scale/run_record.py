@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from datetime import datetime, timezone
 from pathlib import Path
-from types import NoneType
+from types import EllipsisType, NoneType
 from typing import Any, Literal, TypeAlias, TypedDict, cast, get_args
 
 import psutil
@@ -50,6 +50,8 @@ class RunRecord(TypedDict):
     updated: str
     starts: int
     """How many times it was started or resumed."""
+    seconds: float
+    """How long it has run, in all starts, without the time between them."""
     meta_step: int
     max_steps: int
     monitor: str | None
@@ -66,6 +68,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("message", "slurm_job", "monitor", "log"), (str, NoneType)),
     **dict.fromkeys(("pid", "starts", "meta_step", "max_steps"), (int,)),
     "process_started": (int, float),
+    "seconds": (int, float, EllipsisType),  # files of earlier versions do not have it
     "best": (dict, NoneType),
 }
 _BEST_TYPES: dict[str, tuple[type, ...]] = {"monitor": (str,), "value": (int, float), "meta_step": (int,)}
@@ -97,6 +100,8 @@ def read_record(folder: Path) -> RunRecord:
     for key in ("started", "updated"):
         if datetime.fromisoformat(content[key]).tzinfo is None:
             raise ValueError(f"{key} ({content[key]}) must say its time zone")
+    started, updated = datetime.fromisoformat(content["started"]), datetime.fromisoformat(content["updated"])
+    content.setdefault("seconds", (updated - started).total_seconds())
     return cast(RunRecord, content)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,7 @@ def card(
     front = yaml.safe_dump(FRONT, sort_keys=False).strip()
     summaries = {title: summary(report) for title, report in reports.items()}
     first = next(iter(reports.values()))
-    notes, data, took = header["metadata"], config["data"], _seconds(record)
+    notes, data, took = header["metadata"], config["data"], record["seconds"]
     parts = [
         f"---\n{front}\n---\n\n# {name}",
         HEADLINE + _headline(reports),
@@ -101,12 +100,6 @@ def _headline(reports: dict[str, Report]) -> str:
 def _title(path: Path, run: Path) -> str:
     """How a report is called: by the folders that it lies in."""
     return " ".join(path.relative_to(run).parent.parts)
-
-
-def _seconds(record: RunRecord) -> float:
-    """From the start of a run to its last word."""
-    start, end = datetime.fromisoformat(record["started"]), datetime.fromisoformat(record["updated"])
-    return (end - start).total_seconds()
 
 
 def _threads(config: dict[str, Any]) -> str:

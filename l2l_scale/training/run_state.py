@@ -43,14 +43,16 @@ class RunStateFile(Callback):
         self.folder, self.monitor, self.mode = folder, monitor, mode
         self.record: RunRecord | None = None
         """Only on rank 0, and only once training has started."""
-        self.written = 0.0
+        self.written = self.begun = 0.0
+        self.before = 0.0
+        """Seconds of earlier starts."""
         self.complained = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin, or go on with what the file says of the run that is resumed."""
         if not trainer.is_global_zero:
             return
-        job = SlurmJob.current()
+        job, self.begun = SlurmJob.current(), time.monotonic()
         self.record = {
             "state": "running",
             "message": None,
@@ -62,6 +64,7 @@ class RunStateFile(Callback):
             "started": now(),
             "updated": now(),
             "starts": 1,
+            "seconds": 0.0,
             "meta_step": trainer.global_step,
             "max_steps": trainer.max_steps,
             "monitor": self.monitor,
@@ -72,6 +75,7 @@ class RunStateFile(Callback):
         with suppress(OSError, ValueError):  # no earlier file, or a damaged one
             earlier = read_record(self.folder)
             self.record["started"], self.record["starts"] = earlier["started"], earlier["starts"] + 1
+            self.before = earlier["seconds"]
             self.record["best"] = self._still_best(earlier["best"], trainer.global_step)
         self._write()
 
@@ -161,6 +165,7 @@ class RunStateFile(Callback):
         """Write the file, or say once that it cannot be; waiting for the disk would slow small runs."""
         assert self.record is not None
         self.record["updated"], self.written = now(), time.monotonic()
+        self.record["seconds"] = round(self.before + self.written - self.begun, 1)
         try:
             write_record(self.folder, self.record, durable)
         except OSError as error:

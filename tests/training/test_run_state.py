@@ -155,9 +155,12 @@ def test_a_resumed_run_counts_and_keeps_the_best_that_lies_before(tmp_path, best
     record = read_record(tmp_path)
     record["best"] = {"monitor": MONITOR, "value": -1.0, "meta_step": best_at}
     record["started"] = "2026-01-01T00:00:00+00:00"
+    assert 0 < record["seconds"] < 100
+    record["seconds"] = 5000.0
     write_record(tmp_path, record, durable=False)
     train(tmp_path, 8, ckpt_path=tmp_path / "six.ckpt")
     record = read_record(tmp_path)
+    assert 5000 < record["seconds"] < 5100
     assert (record["starts"], record["started"]) == (2, "2026-01-01T00:00:00+00:00")
     assert (record["best"]["value"] == -1.0) == kept
 
@@ -233,6 +236,7 @@ def test_a_pid_that_is_used_again_is_not_the_run():
         {"updated": "yesterday"},
         {"updated": "2026-01-01T00:00:00"},
         {"message": 3},
+        {"seconds": "long"},
     ],
 )
 def test_damage_is_noticed(tmp_path, change):
@@ -245,8 +249,15 @@ def test_damage_is_noticed(tmp_path, change):
 EXAMPLE = {
     **{"state": "running", "message": None, "name": "a", "host": "h", "pid": 7, "process_started": 1.0},
     **{"slurm_job": None, "started": run_record.now(), "updated": run_record.now(), "starts": 1, "log": None},
-    **{"meta_step": 1, "max_steps": 2, "monitor": MONITOR, "mode": "min", "best": None},
+    **{"seconds": 3.5, "meta_step": 1, "max_steps": 2, "monitor": MONITOR, "mode": "min", "best": None},
 }
+
+
+def test_of_an_older_record_the_time_between_start_and_last_word_is_taken(tmp_path):
+    record = {**EXAMPLE, "started": "2026-01-01T00:00:00+00:00", "updated": "2026-01-01T00:01:30+00:00"}
+    del record["seconds"]
+    (tmp_path / RUN_FILE).write_text(json.dumps(record))
+    assert read_record(tmp_path)["seconds"] == 90
 
 
 def test_undamaged_and_newer_records_are_read(tmp_path):

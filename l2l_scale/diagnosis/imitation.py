@@ -45,7 +45,7 @@ class Imitated(NamedTuple):
 
 
 def imitation(subject: Subject) -> Imitated | None:
-    """Compare with the teacher on all tasks; None if the run does not imitate, or not points."""
+    """Compare with the teacher on all tasks; None if the run imitates nothing, or keeps no points."""
     estimator, plain = subject.estimator, subject.schedule.plain()
     if not isinstance(estimator, Imitation) or subject.teacher is None or not subject.teacher.iterates:
         return None

@@ -1,8 +1,10 @@
 """run.json: what a run says of itself while it trains, when it ends, and when it is resumed."""
 
+import itertools
 import json
 import os
 import socket
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -150,17 +152,20 @@ def test_a_run_that_never_started_writes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(("best_at", "kept"), [(4, True), (6, True), (8, False)])
-def test_a_resumed_run_counts_and_keeps_the_best_that_lies_before(tmp_path, best_at, kept):
+def test_a_resumed_run_counts_and_keeps_the_best_that_lies_before(tmp_path, best_at, kept, monkeypatch):
+    clock = SimpleNamespace(monotonic=itertools.count(100.0).__next__)  # a second for every look
+    monkeypatch.setattr("l2l_scale.training.run_state.time", clock)
     train(tmp_path, 8, [Stop(6, tmp_path / "six.ckpt")])
     record = read_record(tmp_path)
     record["best"] = {"monitor": MONITOR, "value": -1.0, "meta_step": best_at}
     record["started"] = "2026-01-01T00:00:00+00:00"
-    assert 0 < record["seconds"] < 100
+    first = record["seconds"]
+    assert 6 < first < 100
     record["seconds"] = 5000.0
     write_record(tmp_path, record, durable=False)
     train(tmp_path, 8, ckpt_path=tmp_path / "six.ckpt")
     record = read_record(tmp_path)
-    assert 5000 < record["seconds"] < 5100
+    assert 5002 <= record["seconds"] < 5000 + first
     assert (record["starts"], record["started"]) == (2, "2026-01-01T00:00:00+00:00")
     assert (record["best"]["value"] == -1.0) == kept
 
